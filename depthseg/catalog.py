@@ -1,0 +1,155 @@
+"""The table of names: every model, depth estimator and detector that can be chosen, as rows.
+
+A row says how to build the thing (`build`: dotted path to a function or class, `args`), which file holds its weights, and under
+which terms. Choices in `--help`, `depthseg models`, loading and the test matrix all come from here. Standard library only.
+"""
+
+import difflib
+import importlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from depthseg.errors import MISSING_PIECE, DepthsegError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One name that can be chosen."""
+
+    build: str  # "package.module:name"
+    args: dict = field(default_factory=dict)
+    file: str | None = None  # weights: path below weights/ or below the user's cache
+    hub: str | None = None  # Hugging Face repository that holds `file`, or the whole model (transformers)
+    url: str | None = None  # direct address of `file`
+    input: int = 0  # side of the network's input in pixels
+    licence: str = ""
+    note: str = ""
+
+
+_OFFICIAL = "mit-han-lab/efficientvit-sam"
+_NANO = "research only: trained on sources with non-commercial terms, see weights/nano/README.md"
+
+
+def _models() -> dict[str, Row]:
+    build = "depthseg.models.depthseg:build"
+    rows = {
+        "nano": Row(build, {"variant": "nano", "depth": False}, "nano/nano.safetensors", input=512, licence=_NANO),
+        "nano-depth": Row(build, {"variant": "nano", "depth": True}, "nano/nano-depth.safetensors", input=512, licence=_NANO),
+    }
+    for v in ("l0", "l1", "l2", "xl0", "xl1"):
+        size = 1024 if v.startswith("xl") else 512
+        file = f"efficientvit_sam_{v}.pt"
+        rows[f"efficientvit-sam-{v}"] = Row(
+            build, {"variant": v, "depth": False}, file, hub=_OFFICIAL, input=size, licence="Apache-2.0"
+        )
+        rows[f"efficientvit-sam-{v}-depth"] = Row(
+            build,
+            {"variant": v, "depth": True},
+            file,
+            hub=_OFFICIAL,
+            input=size,
+            licence="Apache-2.0",
+            note="starts as the RGB model (alpha 0) until a trained depth branch is given with --weights",
+        )
+    return rows
+
+
+def _depths() -> dict[str, Row]:
+    rows = {"nano": Row("depthseg.depth:NanoDepth", file="nano/nano-depth-estimator.safetensors", input=256, licence=_NANO)}
+    for version, owner, prefix in (
+        ("v2", "depth-anything", "Depth-Anything-V2-{}-hf"),
+        ("v1", "LiheYoung", "depth-anything-{}-hf"),
+    ):
+        for size in ("small", "base", "large"):
+            name = size.capitalize() if version == "v2" else size
+            free = version == "v1" or size == "small"
+            rows[f"depth-anything-{version}-{size}"] = Row(
+                "depthseg.depth:DepthAnything",
+                hub=f"{owner}/{prefix.format(name)}",
+                input=518,
+                licence="Apache-2.0" if free else "CC-BY-NC-4.0",
+                note="" if free else "non-commercial use only",
+            )
+    return rows
+
+
+def _detectors() -> dict[str, Row]:
+    rows = {
+        "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=384, licence=_NANO),
+        "grid": Row("depthseg.detect:Grid", note="everything mode: a grid of points, no boxes"),
+    }
+    for size in "nsmlx":
+        rows[f"yolov8{size}"] = Row(
+            "depthseg.detect:Yolo",
+            file=f"yolov8{size}.pt",
+            url=f"https://github.com/ultralytics/assets/releases/download/v8.3.0/yolov8{size}.pt",
+            input=640,
+            licence="AGPL-3.0",
+        )
+    return rows
+
+
+MODELS = _models()
+DEPTHS = _depths()
+DETECTORS = _detectors()
+
+
+def row(table: dict[str, Row], name: str, what: str) -> Row:
+    """The row called `name`; an unknown name is refused with the nearest ones. `what` is the word for the message."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known names: {', '.join(table)}."
+    raise DepthsegError(f"no {what} is called '{name}'", hint)
+
+
+def embedded() -> Path:
+    """The folder of the weights that come with the package: inside the wheel, or at the root of a checkout."""
+    inside = Path(__file__).parent / "weights"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "weights"
+
+
+def cache() -> Path:
+    """The user's folder for pulled weights: $DEPTHSEG_WEIGHTS, else depthseg/ in the user's cache folder."""
+    if chosen := os.environ.get("DEPTHSEG_WEIGHTS"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthseg"
+
+
+def find(entry: Row) -> Path | None:
+    """Where this row's weight file lies on this machine, or None. Never asks the network."""
+    if entry.file is None:
+        return None
+    for folder in (cache(), embedded()):
+        if (folder / entry.file).is_file():
+            return folder / entry.file
+    return None
+
+
+def require(entry: Row, name: str) -> Path:
+    """Like `find`, but a missing file is an error that names the ways out (exit code 5)."""
+    if path := find(entry):
+        return path
+    ways = "pass --weights PATH, or run again with --pull on a machine with a network"
+    raise DepthsegError(f"the weights of {name} ({entry.file}) are not on this machine", f"To get them: {ways}.", MISSING_PIECE)
+
+
+def resolve(entry: Row) -> Any:
+    """The function or class that builds this row: the one step upward in the import order, by dotted name."""
+    module, _, name = entry.build.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load(name: str, weights: str | Path | None = None) -> Any:
+    """The segmentation network called `name`, in eval mode on the CPU, with its weights loaded.
+
+    weights: a checkpoint (official .pt or our .safetensors) instead of the row's own file.
+    Raises DepthsegError for an unknown name, a missing file (code 5) or a checkpoint that does not fit.
+    """
+    entry = row(MODELS, name, "model")
+    path = Path(weights) if weights else require(entry, name)
+    network = resolve(entry)(**entry.args)
+    importlib.import_module("depthseg.models.checkpoint").load_into(network, path)
+    return network.eval()

@@ -1,0 +1,276 @@
+"""Where pictures come from: files, folders, globs and lists become Images; reading turns an Image into upright RGB pixels.
+
+Pillow is the only decoder. Every kind of picture (grey, 16 bit, palette, CMYK, transparent) becomes uint8 RGB by one rule each,
+and what cannot be read raises Unreadable with the cause. Knows nothing of detectors, masks or output folders.
+"""
+
+import importlib.util
+import os
+import stat
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from glob import has_magic, iglob
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import Image as PILImage
+
+from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
+from depthseg.schema import Array, Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+
+# First bytes -> decoder. Image.open is not used: it measures by a global size limit (and warns), while `read` has its own.
+_DECODERS: tuple[tuple[tuple[bytes, ...], Callable], ...] = (
+    ((b"\xff\xd8\xff",), JpegImagePlugin.JpegImageFile),
+    ((b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile),
+    ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+    ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
+    ((b"RIFF",), WebPImagePlugin.WebPImageFile),
+    ((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), PpmImagePlugin.PpmImageFile),
+    ((b"BM",), BmpImagePlugin.BmpImageFile),
+)
+_ORIENTATION = 0x0112  # EXIF tag; its values 2..8 are undone by these
+_UPRIGHT = dict(enumerate(PILImage.Transpose[n] for n in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")))  # fmt: skip
+
+# What Pillow has to say about odd metadata would fill the terminal of a batch run; real failures are exceptions.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Unreadable(ValueError):
+    """A picture that cannot be decoded; the message is the cause, in one phrase."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that was given up, and where."""
+
+    image: Image
+    stage: str  # read, detect, depth, segment or write
+    reason: str
+
+
+def find(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image]:
+    """The images below files, folders and globs, in the order of the inputs, each folder sorted; sizes are (0, 0) until read.
+
+    A key is the path below the given folder, or a file's name. Inputs whose keys collide get as many of their own parent
+    folders in front as it takes to differ. Hidden files are skipped, and so is everything in `exclude`, the output folder.
+    Raises DepthsegError for a path that does not exist, and with code NOTHING_TO_DO when there is no image.
+    """
+    files: dict[str, tuple[int, str]] = {}  # absolute path -> index of its root, key below it
+    roots: list[list[str]] = []  # folder names that may go in front of a key, outermost first
+    skipped = os.path.abspath(exclude) if exclude else None
+    for path in _expand(paths):
+        absolute = os.path.abspath(path)
+        folder = os.path.isdir(absolute)
+        drive, *names = Path(absolute if folder else os.path.dirname(absolute)).parts
+        roots.append([name for name in (drive.strip(":\\/"), *names) if name])
+        if folder:
+            found = sorted(_walk(absolute, skipped))
+        elif absolute.lower().endswith(EXTENSIONS) and not (skipped and Path(absolute).is_relative_to(skipped)):
+            found = [os.path.basename(absolute)]
+        else:
+            found = []
+        for key in found:
+            files.setdefault(os.path.join(absolute, key) if folder else absolute, (len(roots) - 1, key))
+    if not files:
+        what = ", ".join(str(p) for p in paths) or "an empty list"
+        kinds = " ".join(e[1:] for e in EXTENSIONS)
+        raise DepthsegError(f"no image found in {what}", f"Files with these extensions are read: {kinds}.", NOTHING_TO_DO)
+    keys = _unique(list(files.values()), roots)
+    return [Image(key, id, Path(path), (0, 0)) for key, id, path in zip(keys, _ids(keys), files, strict=True)]
+
+
+def _expand(paths: Sequence[str | Path]) -> Iterator[str]:
+    """The paths with globs replaced by what they match: some shells leave that to the program."""
+    for path in map(str, paths):
+        if os.path.lexists(path):  # also a file whose name happens to look like a glob
+            yield path
+        elif has_magic(path):
+            yield from sorted(iglob(path, recursive=True))
+        else:
+            raise DepthsegError(f"there is no file or folder '{path}'")
+
+
+def _walk(root: str, exclude: str | None) -> Iterator[str]:
+    """Relative POSIX paths of the image files below `root`. Linked folders are followed, but no folder is entered twice."""
+
+    def identity(folder: str) -> tuple[int, int]:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
+
+    seen = {identity(exclude)} if exclude and os.path.isdir(exclude) else set()
+    folders: list[tuple[str, str]] = [(root, "")]
+    links: list[tuple[str, str]] = []
+    while folders or links:
+        folder, prefix = folders.pop() if folders else links.pop(0)  # links last, so that a file keeps its own path
+        if (this := identity(folder)) in seen:
+            continue
+        seen.add(this)
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DepthsegError(f"cannot list the folder '{folder}' ({error.strerror})") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append((entry.path, f"{prefix}{entry.name}/"))
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
+                yield prefix + entry.name  # a dangling link too: it becomes a failure, not a gap
+
+
+def _unique(files: list[tuple[int, str]], roots: list[list[str]]) -> list[str]:
+    """Keys with enough of the parent folders in front that all differ. One root's files share the same prefix."""
+    depth = [0] * len(roots)
+    while True:
+        prefix = [("/".join(parts[-d:]) + "/") if d else "" for parts, d in zip(roots, depth, strict=True)]
+        keys = [prefix[root] + key for root, key in files]
+        count = Counter(keys)
+        if len(count) == len(keys):
+            return keys
+        # Different files differ at the latest with their whole path in front.
+        for root in {root for (root, _), key in zip(files, keys, strict=True) if count[key] > 1}:
+            depth[root] = min(depth[root] + 1, len(roots[root]))
+
+
+def _ids(keys: list[str]) -> Sequence[int]:
+    """The integer file stems, as COCO has them, when they are all unique integers; else 1..N."""
+    stems = [key.rpartition("/")[2].rpartition(".")[0] for key in keys]
+    if all(s.isascii() and s.isdecimal() and len(s) < 16 for s in stems):  # a JSON number is exact below 2**53
+        numbers = [int(s) for s in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return range(1, len(keys) + 1)
+
+
+def from_list(stream: IO[str]) -> list[str]:
+    """Paths from a text stream, one a line, or separated by NUL as `find -print0` writes them."""
+    text = stream.read()
+    lines = text.split("\0") if "\0" in text else [line.removesuffix("\r") for line in text.split("\n")]
+    return [line for line in lines if line.strip()]
+
+
+def demo() -> list[Image]:
+    """Photographs that come inside other installed packages, which are located but not imported."""
+    photos = {"ultralytics": ("assets/bus.jpg", "assets/zidane.jpg"), "matplotlib": ("mpl-data/sample_data/grace_hopper.jpg",)}
+    found = []
+    for package, names in photos.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            found += [Path(folder, name) for name in names if Path(folder, name).is_file()]
+    if not found:
+        hint = "To get one: pip install 'depthseg[demo]'."
+        raise DepthsegError("the demo photographs of ultralytics or matplotlib are not installed", hint, MISSING_PIECE)
+    return find(found)
+
+
+def read(image: Image, max_pixels: int = 300_000_000) -> Image:
+    """The image with `pixels`, uint8 RGB (h, w, 3), upright by its EXIF orientation, and its `size`.
+
+    The first frame counts; transparency is laid on white. An image that has pixels already comes back as it is.
+    Raises Unreadable. More than `max_pixels` is refused from the header, before anything is decoded.
+    """
+    if image.pixels is not None:
+        return image
+    if image.path is None:
+        raise Unreadable("neither pixels nor a path")
+    try:
+        status = os.stat(image.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable("not a regular file")
+        if status.st_size == 0:
+            raise Unreadable("empty file (0 bytes)")
+        with open(image.path, "rb") as file:
+            pixels = _decode(file, max_pixels)
+    except Unreadable:
+        raise
+    except FileNotFoundError:
+        raise Unreadable("no such file") from None
+    except PermissionError:
+        raise Unreadable("permission denied") from None
+    except MemoryError:
+        raise Unreadable("not enough memory to decode it") from None
+    except Exception as error:  # decoders raise a dozen types on broken files: OSError, SyntaxError, struct.error, EOFError...
+        if any(word in str(error).lower() for word in ("truncated", "not enough", "eof", "end of file")):
+            raise Unreadable("truncated file") from error
+        raise Unreadable(f"broken file ({str(error) or type(error).__name__})") from error
+    return replace(image, pixels=pixels, size=pixels.shape[:2])
+
+
+def _decode(file: IO[bytes], max_pixels: int) -> Array:
+    head = file.read(16)
+    if head[4:8] == b"ftyp":
+        raise Unreadable("a HEIC, AVIF or video file, whatever its name says")
+    decoder = next((d for magic, d in _DECODERS if head.startswith(magic)), None)
+    if decoder is None:
+        raise Unreadable("not an image (no JPEG, PNG, BMP, TIFF, WebP, GIF or PPM inside)")
+    file.seek(0)
+    with decoder(file) as picture:
+        width, height = picture.size
+        if width * height > max_pixels:
+            limit = f"{max_pixels / 1e6:g}"
+            raise Unreadable(f"too large ({width} x {height} = {width * height / 1e6:g} megapixels, the limit is {limit})")
+        if not width * height:
+            raise Unreadable("no pixels (a side is 0)")
+        picture.load()
+        try:
+            turned = picture.getexif().get(_ORIENTATION, 1)  # after load: TIFF pictures are turned there, and lose the tag
+        except Exception:  # broken EXIF must not cost the picture
+            turned = 1
+        rgb = _rgb(picture)
+    if isinstance(turned, int) and 2 <= turned <= 8:
+        rgb = rgb.transpose(_UPRIGHT[turned - 2])
+    return np.array(rgb)
+
+
+def _rgb(picture: PILImage.Image) -> PILImage.Image:
+    """Any mode to RGB. Pillow itself would clip 16 bits at 255 and drop alpha."""
+    mode = picture.mode
+    if mode == "F" or mode.startswith("I"):
+        grey = np.asarray(picture)
+        low, high = (0, 65535) if mode != "F" else (np.inf, -np.inf)
+        if mode == "F" or (mode == "I" and (grey.min() < low or grey.max() > high)):  # no natural range: from least to most
+            grey = grey.astype(np.float64)
+            finite = np.isfinite(grey)
+            low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0, 1)
+            grey = np.clip(np.nan_to_num(grey, nan=low, posinf=high, neginf=low), low, high)
+        scaled = (grey.astype(np.float32) - np.float32(low)) * np.float32(255 / ((high - low) or 1))
+        return PILImage.fromarray((scaled + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data or mode in ("RGBa", "La"):
+        layer = picture.convert("RGBA")
+        white = PILImage.new("RGB", layer.size, "white")
+        white.paste(layer, mask=layer.getchannel("A"))
+        return white
+    return picture.convert("RGB")
+
+
+def read_ahead(images: Iterable[Image], workers: int = 2, ahead: int = 8) -> Iterator[Image | Failure]:
+    """Each image with its pixels, or a Failure, in input order, decoded in threads.
+
+    At most `ahead` decoded images wait at any time. The threads end with the iterator, also when it is left early.
+    """
+
+    def attempt(image: Image) -> Image | Failure:
+        try:
+            return read(image)
+        except Unreadable as error:
+            return Failure(image, "read", str(error))
+
+    pool = ThreadPoolExecutor(workers, "read")
+    waiting: deque[Future[Image | Failure]] = deque()
+    try:
+        for image in images:
+            waiting.append(pool.submit(attempt, image))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,319 @@
+"""Depth for images: DepthAnything, our own network, or a folder of maps; and the cache on disk.
+
+Each class is called with a list of images and gives one float32 array (h', w') each: relative inverse depth in 0..1, near is 1,
+at any resolution of the same view. `normalise` is the one place that decides what these numbers are, for training and inference.
+torch and transformers are imported in the constructor that needs them, after it has looked for the weights.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from scipy.ndimage import distance_transform_edt
+
+from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.schema import Array, Depth, Frame, Image
+
+SPIKES = 0.001  # share of the pixels that is clipped at either end
+STEPS = 65535  # depth is a multiple of 1/65535, so that 16-bit PNG holds it without loss
+
+_WAYS = "run again with --pull on a machine with a network, give --depth FOLDER with depth maps, or use --depth nano"
+
+
+def normalise(inverse: Array, valid: Array | None = None) -> Array:
+    """Inverse depth on any scale (h, w) -> float32 0..1, near is 1, in steps of 1/65535. Training and inference both use it.
+
+    Per image, the lowest value becomes 0 and the highest 1, as in DepthAnything's scripts, but one pixel in a thousand is clipped
+    at either end: one pixel of 1 mm in a sensor's map would otherwise push all others to 0. Not more, because a small object on a
+    plane is few pixels too. Only finite pixels, and of these only `valid` ones, count; the others take the nearest one's value.
+    A constant image, and one without a valid pixel, is all 0. Normalising again changes nothing.
+    """
+    good = np.isfinite(inverse) if valid is None else np.isfinite(inverse) & valid
+    values = inverse[good].astype(np.float64)
+    if not len(values):
+        return np.zeros(inverse.shape, np.float32)
+    k = int(SPIKES * (len(values) - 1))
+    low, high = np.partition(values, (k, len(values) - 1 - k))[[k, -1 - k]]
+    if low == high:  # all but a few pixels are equal: then the few are what there is to see
+        low, high = values.min(), values.max()
+    out = np.zeros(inverse.shape)
+    if low < high:
+        out[good] = (np.clip(values, low, high) - low) / (high - low)
+    if not good.all():
+        out = out[tuple(distance_transform_edt(~good, return_distances=False, return_indices=True))]
+    return _from_16_bit(_to_16_bit(out))
+
+
+def _to_16_bit(depth: Array) -> Array:
+    return np.round(depth * STEPS).astype(np.uint16)
+
+
+def _from_16_bit(stored: Array) -> Array:
+    return stored.astype(np.float32) / np.float32(STEPS)
+
+
+# ---- DepthAnything ----
+
+
+def _cached(hub: str) -> Path | None:
+    """The folder of a Hugging Face repository on this machine, or None. Asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(hub, name) for name in ("config.json", "model.safetensors")]
+    except HFValidationError:  # a path, or no name at all
+        return None
+    return Path(found[0]).parent if all(isinstance(f, str) and Path(f).is_file() for f in found) else None
+
+
+def present(hub: str | None) -> bool:
+    """Whether the DepthAnything of this Hugging Face repository is on this machine. Asks no network, loads no torch."""
+    return hub is not None and _cached(hub) is not None
+
+
+class DepthAnything:
+    """DepthAnything V1 or V2 through transformers, from a folder or from the Hugging Face cache; never from the network.
+
+    Images of equal size go through the network together, at most `batch` of them. A metric variant is inverted.
+    """
+
+    SIDE = 518  # pixels of the shorter side, as trained
+    LONGEST = 1036  # of the longer side: panoramas become smaller as a whole, or the memory would have no bound
+    PATCH = 14  # both sides are multiples of it
+    MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB in 0..1
+    STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+    def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", batch: int = 4):
+        folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else _cached(str(repo_or_folder))
+        if folder is None or not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
+            raise DepthsegError(f"the weights of {repo_or_folder} are not on this machine", f"Ways out: {_WAYS}.", MISSING_PIECE)
+        config = json.loads((folder / "config.json").read_bytes())
+        if config.get("model_type") != "depth_anything":
+            raise DepthsegError(f"{repo_or_folder} is a model of type {config.get('model_type')}, not depth_anything", "")
+        import torch
+        from transformers import DepthAnythingForDepthEstimation
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.device = torch.device(device)
+        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.batch = batch
+        try:
+            network, info = DepthAnythingForDepthEstimation.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as e:  # a cut-off file, or tensors of other shapes
+            raise DepthsegError(
+                f"{repo_or_folder} cannot be loaded ({str(e).strip()[:120]})", "Fetch it again with --pull."
+            ) from e
+        if info["missing_keys"]:
+            raise DepthsegError(
+                f"{repo_or_folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}", "Fetch it again."
+            )
+        self._network = network.to(self.device).eval()
+        self._metric = network.config.depth_estimation_type == "metric"
+
+    def __call__(self, images: list[Image]) -> list[Array]:
+        import torch
+
+        groups: dict[tuple[int, int], list[int]] = {}
+        for at, image in enumerate(images):
+            groups.setdefault(self._size(*image.size), []).append(at)
+        out: dict[int, Array] = {}
+        for size, members in groups.items():
+            for start in range(0, len(members), self.batch):
+                some = members[start : start + self.batch]
+                x = torch.from_numpy(np.stack([self._input(images[at], size) for at in some])).to(self.device)
+                half = self.precision != torch.float32
+                with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
+                    depth = self._network(x).predicted_depth.float().cpu().numpy()  # (B, h', w'), larger is nearer
+                for at, d in zip(some, depth):
+                    out[at] = normalise(_inverse(d), d > 0) if self._metric else normalise(d)
+        return [out[at] for at in range(len(images))]
+
+    def _size(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width of the network's input for an image of h x w."""
+        scale = min(self.SIDE / min(h, w), self.LONGEST / max(h, w))
+        return tuple(max(1, round(side * scale / self.PATCH)) * self.PATCH for side in (h, w))  # type: ignore[return-value]
+
+    def _input(self, image: Image, size: tuple[int, int]) -> Array:
+        """The normalised picture (3, h, w)."""
+        small = PILImage.fromarray(np.asarray(image.pixels)).resize(size[::-1], PILImage.Resampling.BICUBIC)
+        return ((np.asarray(small, np.float32) / 255 - self.MEAN) / self.STD).transpose(2, 0, 1)
+
+
+def _inverse(depth: Array) -> Array:
+    """1 / depth in float64, and 0 where depth is not above 0."""
+    return np.divide(1, depth, out=np.zeros(depth.shape), where=depth > 0, dtype=np.float64)
+
+
+# ---- our own network ----
+
+
+class NanoDepth:
+    """Our own estimator of models/depthnet.py, which comes with the package."""
+
+    def __init__(self, path: str | Path, device: Any = "cpu", precision: str = "fp32"):
+        if not Path(path).is_file():
+            raise DepthsegError(
+                f"the weights of the nano depth estimator are not at {path}", f"Ways out: {_WAYS}.", MISSING_PIECE
+            )
+        import torch
+
+        from depthseg.models.depthnet import DepthNet
+
+        self.device = torch.device(device)
+        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._network = DepthNet.load(Path(path)).to(self.device)
+
+    def __call__(self, images: list[Image]) -> list[Array]:
+        import torch
+
+        if not images:
+            return []
+        frames = [Frame(image.size, self._network.side) for image in images]
+        x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
+        half = self.precision != torch.float32
+        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
+            inverse = self._network(x).float().cpu().numpy()  # (B, side / 2, side / 2), scale and shift without meaning
+        return [normalise(y[: max(1, h // 2), : max(1, w // 2)]) for y, (h, w) in zip(inverse, (f.inner for f in frames))]
+
+
+# ---- maps from a folder ----
+
+
+class DepthFolder:
+    """Depth maps made elsewhere. The map of sub/a.jpg is sub/a.jpg.png or sub/a.png, or the same with .tif, .tiff or .npy.
+
+    What a map means follows from its numbers, unless `kind`, or {"kind": ...} in depth.json in the folder, says it:
+
+    ====================  =========  ==========================================
+    numbers               kind       holes
+    ====================  =========  ==========================================
+    8-bit                 inverse    none; bright is near
+    16-bit, 32-bit        metric     0; millimetres, or any other unit
+    float                 metric     0, negative, NaN, infinite; metres, or any
+    ====================  =========  ==========================================
+
+    "inverse" is larger for nearer, on any scale, with NaN and infinite as holes; "metric" is the distance, in any unit: it
+    becomes 1 / distance, and only the relief counts. Grey pictures saved as RGB are taken, coloured ones are not depth.
+    """
+
+    SUFFIXES = (".png", ".tif", ".tiff", ".npy")
+
+    def __init__(self, root: str | Path, kind: str = "auto"):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DepthsegError(f"no such folder of depth maps: {root}", "Check --depth.")
+        if kind == "auto" and (note := self.root / "depth.json").is_file():
+            try:
+                kind = json.loads(note.read_bytes())["kind"]
+            except (ValueError, TypeError, KeyError) as e:
+                raise DepthsegError(
+                    f'{note} does not say {{"kind": "metric"}} or {{"kind": "inverse"}}', "Correct the file."
+                ) from e
+        if kind not in ("auto", "inverse", "metric"):
+            raise DepthsegError(f"'{kind}' is no kind of depth map", "Use inverse, metric or auto.")
+        self.kind = kind
+
+    def __call__(self, images: list[Image]) -> list[Array]:
+        return [self._one(image) for image in images]
+
+    def _one(self, image: Image) -> Array:
+        stem = str(PurePosixPath(image.key).with_suffix(""))
+        tried = [name + suffix for name in (image.key, stem) for suffix in self.SUFFIXES]
+        path = next((self.root / name for name in tried if (self.root / name).is_file()), None)
+        if path is None:
+            raise DepthsegError(f"no depth map for {image.key} in {self.root}", f"Tried {', '.join(tried)}.")
+        stored = _read_map(path)
+        (h, w), (mh, mw) = image.size, stored.shape
+        if abs(mw * h / (mh * w) - 1) > 0.02:
+            raise DepthsegError(
+                f"{path} is {mw} x {mh} pixels, but its image {image.key} is {w} x {h}: another aspect ratio",
+                "A depth map shows the same view as its image, at any resolution.",
+            )
+        kind = self.kind if self.kind != "auto" else "inverse" if stored.dtype == np.uint8 else "metric"
+        if kind == "inverse":
+            return normalise(stored)
+        return normalise(_inverse(stored), np.isfinite(stored) & (stored > 0))
+
+
+def _read_map(path: Path) -> Array:
+    """The numbers of a depth map (h, w) as they are stored."""
+    try:
+        if path.suffix == ".npy":
+            stored = np.load(path, allow_pickle=False)
+        else:
+            with PILImage.open(path) as picture:
+                palette = picture.mode == "P"  # numbers are colours then
+                stored = np.asarray(picture)
+    except (OSError, ValueError, SyntaxError, EOFError) as e:  # all of them are raised by Pillow
+        raise DepthsegError(f"{path} is not a readable depth map ({str(e)[:120]})", "Save it as PNG, TIFF or NPY.") from e
+    if stored.ndim == 3 and stored.shape[2] == 3 and (stored == stored[..., :1]).all():
+        stored = stored[..., 0]
+    if stored.ndim != 2 or not stored.size or stored.dtype.kind not in "uif" or (path.suffix != ".npy" and palette):
+        raise DepthsegError(
+            f"{path} is no depth map: one number for each pixel is expected, not {stored.dtype} of shape {stored.shape}",
+            "Coloured pictures of depth cannot be read back: save the numbers.",
+        )
+    return stored
+
+
+# ---- the cache ----
+
+
+class Cached:
+    """Another depth estimator with its answers kept in a folder, as 16-bit PNG by the pixels and `name`.
+
+    The first and all later runs give the same numbers, because the answer is rounded to 1/65535 before it is used. Only for
+    estimators that look at nothing but the pixels. Processes may share the folder; a damaged file is computed again.
+    """
+
+    def __init__(self, depth: Depth, folder: Path, name: str):
+        self.depth, self.folder, self.name = depth, folder, name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise DepthsegError(
+                f"the depth cache {folder} cannot be made ({e.strerror})", "Set DEPTHSEG_WEIGHTS to a folder."
+            ) from e
+
+    def __call__(self, images: list[Image]) -> list[Array]:
+        paths = [self._path(image) for image in images]
+        stored = [self._read(path) for path in paths]
+        missing = [at for at, s in enumerate(stored) if s is None]
+        if missing:
+            for at, depth in zip(missing, self.depth([images[at] for at in missing])):
+                stored[at] = new = _to_16_bit(depth)
+                self._write(paths[at], new)
+        return [_from_16_bit(s) for s in stored if s is not None]
+
+    def _path(self, image: Image) -> Path:
+        assert image.pixels is not None
+        digest = hashlib.sha1(f"{self.name} {image.pixels.shape} ".encode())
+        digest.update(np.ascontiguousarray(image.pixels).data)
+        return self.folder / f"{digest.hexdigest()}.png"
+
+    def _read(self, path: Path) -> Array | None:
+        try:
+            with PILImage.open(path) as picture:
+                stored = np.asarray(picture)
+        except (OSError, ValueError, SyntaxError, EOFError):  # not there, or damaged
+            return None
+        return stored if stored.ndim == 2 and stored.dtype == np.uint16 else None
+
+    def _write(self, path: Path, stored: Array) -> None:
+        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                PILImage.fromarray(stored).save(file, "PNG", compress_level=1)
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,124 @@
+"""Binary masks: compressed RLE, their boxes, areas and overlaps, SAM's quality measures, and duplicates.
+
+A mask is bool (h, w) in original pixels while it is worked on and COCO compressed RLE wherever it is kept. Knows no images, no
+logit frames and no files.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as coco
+from scipy import ndimage
+
+Array = np.ndarray
+
+_EIGHT = np.ones((3, 3), bool)  # neighbours that count as connected
+
+
+def encode(mask: Array) -> dict:
+    """Compressed RLE {"size": [h, w], "counts": str} of a bool mask (h, w)."""
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+
+
+def decode(rle: dict) -> Array:
+    """Bool mask (h, w) of an RLE: counts as str, as bytes, or uncompressed as a list of run lengths."""
+    if isinstance(rle["counts"], list):
+        rle = coco.frPyObjects(rle, *rle["size"])
+    return coco.decode(rle).astype(bool)
+
+
+def area(rles: Sequence[dict]) -> Array:
+    """Pixels of each mask, int64 (N,)."""
+    # pycocotools 2.0.11 with NumPy 2 refuses more than 255 masks in one call (it makes their number a uint8).
+    parts = [coco.area(list(rles[i : i + 255])) for i in range(0, len(rles), 255)]
+    return np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64)
+
+
+def boxes(rles: Sequence[dict]) -> Array:
+    """Box of each mask's pixels, float32 xyxy (N, 4); the far edge is one past the last pixel, an empty mask has zeros."""
+    xywh = np.asarray(coco.toBbox(list(rles)), np.float32).reshape(-1, 4)
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+
+
+def iou(a: Sequence[dict], b: Sequence[dict]) -> Array:
+    """IoU of every mask of `a` with every mask of `b`, float64 (len(a), len(b))."""
+    if not len(a) or not len(b):
+        return np.zeros((len(a), len(b)))
+    return coco.iou(list(a), list(b), [0] * len(b))
+
+
+def stability(low: Array, offset: float = 1.0) -> Array:
+    """SAM's stability score of logits (N, s, s), float32 (N,): IoU of the masks at thresholds +offset and -offset.
+
+    0 where nothing is above -offset. Logits of the padding are to be cut off before.
+    """
+    inner = np.count_nonzero(low > offset, axis=(1, 2))
+    outer = np.count_nonzero(low > -offset, axis=(1, 2))
+    return (inner / np.maximum(outer, 1)).astype(np.float32)
+
+
+def clean(mask: Array, min_region: int) -> Array:
+    """The bool mask (h, w) with holes filled, then islands dropped, that have under `min_region` pixels (8-connected).
+
+    SAM's rules: a small piece of background at the image's edge is a hole too; if all islands are small, the largest stays.
+    """
+    if min_region <= 1 or not mask.any():
+        return mask.copy()
+    # With a margin of min_region, background that goes on outside the window is big enough within it: same answer, less work.
+    y, x = (slice(max(0, hit[0] - min_region), hit[-1] + 1 + min_region) for hit in _extent(mask))
+    out = mask.copy()
+    window = out[y, x]  # a view
+
+    regions, sizes = _regions(~window)
+    window |= (sizes < min_region)[regions] & (regions > 0)
+
+    regions, sizes = _regions(window)
+    small = sizes < min_region
+    if small[1:].all():
+        small[1 + np.argmax(sizes[1:])] = False
+    window &= ~small[regions]
+    return out
+
+
+def _extent(mask: Array) -> tuple[Array, Array]:
+    """Rows and columns in which a mask has pixels."""
+    return np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+
+
+def _regions(mask: Array) -> tuple[Array, Array]:
+    """Region number of each pixel (0 is outside the mask), and the pixels of each number."""
+    regions, count = ndimage.label(mask, _EIGHT)
+    return regions, np.bincount(regions.ravel(), minlength=count + 1)
+
+
+def suppress(rles: Sequence[dict], scores: Array, threshold: float, boxes: Array | None = None) -> Array:
+    """Positions that stay, best score first: a mask goes if its IoU with a better one that stays is above `threshold`.
+
+    boxes: what `boxes(rles)` gives, if it is known already (the boxes of the masks, not of a detector).
+    """
+    box = np.asarray(_boxes(rles) if boxes is None else boxes, np.float64)
+    size = area(rles)
+    left = np.argsort(-np.asarray(scores), kind="stable")
+    kept = []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(best)
+        # Pixels are compared only where boxes and areas leave room for so much overlap.
+        sides = np.minimum(box[left, 2:], box[best, 2:]) - np.maximum(box[left, :2], box[best, :2])
+        most = np.minimum(np.clip(sides, 0, None).prod(1), np.minimum(size[left], size[best]))
+        near = np.flatnonzero(most > threshold * (size[left] + size[best] - most) * (1 - 1e-9))  # 1e-9: rounding
+        overlap = iou([rles[i] for i in left[near]], [rles[best]])[:, 0]
+        left = np.delete(left, near[overlap > threshold])
+    return np.array(kept, np.int64)
+
+
+_boxes = boxes  # within `suppress` the name is taken by the argument
+
+
+def label_map(rles: Sequence[dict], size: tuple[int, int]) -> Array:
+    """One picture of all instances, uint16 (h, w): 0 is background, i + 1 is mask i; a lower index lies on top."""
+    out = np.zeros(size, np.uint16)
+    for i in reversed(range(len(rles))):
+        out[decode(rles[i])] = i + 1
+    return out

@@ -1,0 +1,68 @@
+"""Weights in and out of networks: official .pt files and our own safetensors, loaded strictly or refused with a readable difference."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from depthseg.errors import MISSING_PIECE, DepthsegError
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: safetensors, or a torch file holding them flat or under `state_dict`.
+
+    Never executes code from the file. Raises DepthsegError when there is no such file or it is no checkpoint.
+    """
+    if not path.is_file():
+        raise DepthsegError(f"no such weights file: {path}", "Check the path given with --weights.", MISSING_PIECE)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+        raise DepthsegError(f"{path} is not a readable checkpoint ({reason})", "The file may be cut off: fetch it again.") from e
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DepthsegError(f"{path} holds no plain table of weights", "Expected an EfficientViT-SAM or depthseg checkpoint.")
+    return state
+
+
+def difference(network: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from fitting `network`, one line each, a few examples of every kind."""
+    own = network.state_dict()
+    kinds = {
+        "missing": [k for k in own if k not in state],
+        "unknown": [k for k in state if k not in own],
+        "of another shape": [
+            f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in own if k in state and own[k].shape != state[k].shape
+        ],
+    }
+    return [f"{len(v)} {kind}: {', '.join(v[:3])}{', ...' if len(v) > 3 else ''}" for kind, v in kinds.items() if v]
+
+
+def load_into(network: nn.Module, path: Path) -> None:
+    """Fill `network` with the checkpoint at `path`, every key accounted for.
+
+    A plain checkpoint fits a depth-aware network: it becomes the RGB branch and the head, and alpha is set to 0, so that the
+    network computes exactly the RGB model. Raises DepthsegError with the difference otherwise.
+    """
+    state = read(path)
+    alpha = getattr(network, "alpha", None)
+    if alpha is not None and "alpha" not in state and not any(k.startswith("depth_encoder.") for k in state):
+        own = network.state_dict()
+        state = {**state, **{k: v for k, v in own.items() if k.startswith("depth_encoder.")}, "alpha": torch.zeros_like(own["alpha"])}
+    if lines := difference(network, state):
+        raise DepthsegError(f"{path} does not fit this network: {'; '.join(lines)}", "Is --model the one the checkpoint was made for?")
+    network.load_state_dict(state, strict=True)  # fp16 tensors are copied into the network's fp32 ones
+
+
+def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Write inference weights as fp16 safetensors, under a temporary name first."""
+    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(state, part, metadata)
+    part.replace(path)

@@ -1,0 +1,63 @@
+"""Depth-Aware EfficientViT-SAM (Zhou et al.): two encoders of one architecture, F_rgb + alpha * F_depth (Eq. 1), SAM's head.
+
+Without the depth branch this is EfficientViT-SAM itself: the baseline and the method are one class. Features are returned, never
+kept on the object.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from depthseg.models.efficientvit import VARIANTS, ImageEncoder
+from depthseg.models.sam import SamHead
+
+Features = tuple[Tensor, ...]
+
+
+class DepthSeg(SamHead):
+    """`encode` pictures once, `decode` any number of prompts of any of them.
+
+    side: native encoder input. alpha: learnable scalar, None without depth branch. single_mask_for: "never" (the official protocol:
+    three masks, the best predicted IoU wins, for every prompt) or "unambiguous" (boxes and three or more clicks take token 0).
+    """
+
+    def __init__(self, variant: str, depth: bool):
+        v = VARIANTS[variant]
+        if v.skips:
+            super().__init__(v.out, heads=4, hidden=256, iou_hidden=64, dense_prompt=True, skips=(v.widths[1], v.widths[0]))
+        else:
+            super().__init__()
+        self.variant = variant
+        self.side = v.side
+        self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box
+        self.single_mask_for = "unambiguous" if v.skips else "never"
+        self.image_encoder = ImageEncoder(variant)
+        self.depth_encoder = ImageEncoder(variant) if depth else None
+        # 0 computes exactly the RGB model; training starts elsewhere, since a branch behind 0 gets no gradient (see train.py)
+        self.alpha = nn.Parameter(torch.zeros(())) if depth else None
+
+    def encode(self, rgb: Tensor, depth: Tensor | None = None) -> Features:
+        """(B, 3, S, S) normalised picture and depth (one channel replicated) -> features. depth=None is the RGB model."""
+        features = self.image_encoder(rgb)
+        if depth is None:
+            return features
+        if self.depth_encoder is None:
+            raise ValueError("this network has no depth branch")
+        return tuple(f + self.alpha * d for f, d in zip(features, self.depth_encoder(depth), strict=True))
+
+    def decode(
+        self,
+        features: Features,
+        owner: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        masks: Tensor | None = None,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (P, M, s, s) and predicted IoU (P, M): M = 3 candidates, or 1 with multimask=False. Shapes as in SamHead."""
+        logits, iou, _ = self(features, owner, points, labels, masks, range(1, 4) if multimask else range(1))
+        return logits, iou
+
+
+def build(variant: str, depth: bool) -> DepthSeg:
+    """The network of one row of the catalog, with random weights."""
+    return DepthSeg(variant, depth)

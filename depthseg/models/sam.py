@@ -1,0 +1,297 @@
+"""SAM's head (Kirillov et al. 2023) under the official parameter names: prompt encoder and mask decoder, prompts flat.
+
+Differences from SAM's own code are of shape, not of function: prompts of many images come in one flat batch, all prompts are
+labelled points (a box is two corners), and ragged rows are filled with ABSENT tokens that the attention does not see.
+`nano` switches on two additions that a head trained from little data needs (`dense_prompt`, `skips`); official weights have neither.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from depthseg.models.efficientvit import NORM_EPS, LayerNorm2d
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE
+
+MASK_TOKENS = 4  # token 0 answers unambiguous prompts, tokens 1..3 are the candidates for ambiguous ones
+
+
+class PositionalEncoding(nn.Module):
+    """Random Fourier features of positions in 0..1 (Tancik et al. 2020)."""
+
+    positional_encoding_gaussian_matrix: Tensor
+
+    def __init__(self, half: int):
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, half))
+
+    def forward(self, xy: Tensor) -> Tensor:
+        """(..., 2) x, y in 0..1 -> (..., 2 * half)."""
+        angle = 2 * math.pi * ((2 * xy - 1) @ self.positional_encoding_gaussian_matrix)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+    def grid(self, size: tuple[int, int]) -> Tensor:
+        """Codes of the cell centres of an (h, w) grid, (h * w, 2 * half)."""
+        h, w = size
+        matrix = self.positional_encoding_gaussian_matrix
+        y, x = (torch.arange(n, device=matrix.device, dtype=matrix.dtype).add(0.5).div(n) for n in (h, w))
+        yy, xx = torch.meshgrid(y, x, indexing="ij")
+        return self(torch.stack([xx, yy], -1).reshape(h * w, 2))
+
+
+def prompt_maps(points: Tensor, labels: Tensor, size: int) -> Tensor:
+    """Prompts drawn as pictures, for heads trained from little data: (P, 9, size, size).
+
+    points (P, K, 2) in 0..1, labels (P, K). Channels: share of the cell inside the box, position relative to the box (u, v), two
+    profiles of the inscribed ellipse, box flag; narrow bumps of positive and of negative points, a wide bump of positive ones.
+    """
+    centre = (torch.arange(size, device=points.device, dtype=points.dtype) + 0.5) / size
+    low, high = labels == CORNER_MIN, labels == CORNER_MAX
+    boxed = low.any(1)  # (P,)
+    pick = lambda which: (points * which[..., None]).sum(1)  # (P, 2)
+    a, b = pick(low), pick(high)
+    half = ((b - a) / 2).clamp_min(0.5 / size)
+    mid = (a + b) / 2
+    out = []
+    inside, relative = [], []
+    for axis in (0, 1):  # x, y
+        t = centre[None]  # (1, size)
+        over = torch.minimum(t + 0.5 / size, b[:, axis, None]) - torch.maximum(t - 0.5 / size, a[:, axis, None])
+        inside.append((over * size).clamp(0, 1))
+        relative.append(((t - mid[:, axis, None]) / half[:, axis, None]).clamp(-3, 3))
+    u = relative[0][:, None, :].expand(-1, size, -1)
+    v = relative[1][:, :, None].expand(-1, -1, size)
+    r2 = u * u + v * v
+    out = [inside[0][:, None, :] * inside[1][:, :, None], u / 3, v / 3, torch.tanh(2 * (1 - r2)), torch.exp(-r2), torch.ones_like(u)]
+    out = [m * boxed[:, None, None] for m in out]
+
+    def bumps(which: Tensor, width: float) -> Tensor:
+        dx = (centre - points[..., :1]) ** 2  # (P, K, size)
+        dy = (centre - points[..., 1:]) ** 2
+        k = 1 / (2 * width**2)
+        peaks = torch.exp(-k * dy)[..., :, None] * torch.exp(-k * dx)[..., None, :] * which[..., None, None]
+        return peaks.amax(1)
+
+    positive, negative = labels == POSITIVE, labels == NEGATIVE
+    out += [bumps(positive, 0.02), bumps(negative, 0.02), bumps(positive, 0.12)]
+    return torch.stack(out, 1)
+
+
+PROMPT_MAPS = 9
+
+
+class PromptEncoder(nn.Module):
+    """Points, corners and low-resolution masks -> sparse tokens and dense embeddings."""
+
+    def __init__(self, dim: int, dense_prompt: bool):
+        super().__init__()
+        self.pe_layer = PositionalEncoding(dim // 2)
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))  # indexed by the labels 0..3
+        self.not_a_point_embed = nn.Embedding(1, dim)
+        c = 16
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, c // 4, 2, 2), LayerNorm2d(c // 4), nn.GELU(),
+            nn.Conv2d(c // 4, c, 2, 2), LayerNorm2d(c), nn.GELU(), nn.Conv2d(c, dim, 1),
+        )  # fmt: skip
+        self.no_mask_embed = nn.Embedding(1, dim)
+        self.dense = nn.Conv2d(PROMPT_MAPS, dim, 1) if dense_prompt else None
+
+    def tokens(self, points: Tensor, labels: Tensor) -> Tensor:
+        """points (P, K, 2) in the 1024 frame, labels (P, K) -> (P, K, dim). ABSENT rows hold zeros."""
+        table = torch.stack([e.weight[0] for e in self.point_embeddings])
+        real = labels >= 0
+        code = self.pe_layer((points + 0.5) / PROMPT_SIDE) + table[labels.clamp_min(0)]
+        code = torch.where(real[..., None], code, self.not_a_point_embed.weight.to(code.dtype))
+        return code * (labels != ABSENT)[..., None]
+
+    def embed(self, points: Tensor, labels: Tensor, masks: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """What is added to the image embedding: (P or 1, dim, h, w)."""
+        if masks is None:
+            out = self.no_mask_embed.weight[..., None, None].expand(1, -1, *size)
+        else:
+            out = self.mask_downscaling(masks)
+        if self.dense is not None:
+            out = out + self.dense(prompt_maps(points / PROMPT_SIDE, labels, size[0]))
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than its outer one."""
+
+    def __init__(self, dim: int, heads: int, downsample: int = 1):
+        super().__init__()
+        self.heads = heads
+        inner = dim // downsample
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner) for _ in range(3))
+        self.out_proj = nn.Linear(inner, dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(P, N, dim) each; seen (P, 1, 1, keys) is False where a key must be ignored."""
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, or the two-layer form with SAM's names lin1 and lin2."""
+
+    def __init__(self, inside: int, hidden: int, out: int, depth: int):
+        super().__init__()
+        widths = [inside, *[hidden] * (depth - 1), out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class TokenMLP(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden)
+        self.lin2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.relu(self.lin1(x)))
+
+
+class TwoWayBlock(nn.Module):
+    """Tokens attend to themselves, tokens to the image, MLP, image to the tokens."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, first: bool):
+        super().__init__()
+        self.first = first  # the first block's self-attention has no positional code and no residual
+        self.self_attn = Attention(dim, heads)
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim, eps=NORM_EPS) for _ in range(4))
+        self.cross_attn_token_to_image = Attention(dim, heads, 2)
+        self.mlp = TokenMLP(dim, hidden)
+        self.cross_attn_image_to_token = Attention(dim, heads, 2)
+
+    def forward(self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.first:
+            t = self.self_attn(t, t, t, seen)
+        else:
+            t = t + self.self_attn(t + code, t + code, t, seen)
+        t = self.norm1(t)
+        t = self.norm2(t + self.cross_attn_token_to_image(t + code, image + image_code, image))
+        t = self.norm3(t + self.mlp(t))
+        return t, self.norm4(image + self.cross_attn_image_to_token(image + image_code, t + code, t, seen))
+
+
+class TwoWayTransformer(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int, depth: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayBlock(dim, heads, hidden, first=i == 0) for i in range(depth))
+        self.final_attn_token_to_image = Attention(dim, heads, 2)
+        self.norm_final_attn = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, image: Tensor, image_code: Tensor, tokens: Tensor, seen: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """image (P, h*w, dim), image_code (h*w, dim), tokens (P, T, dim) -> (tokens, image) after each block."""
+        t, out = tokens, []
+        for layer in self.layers:
+            t, image = layer(t, image, tokens, image_code, seen)
+            out.append((t, image))
+        t = self.norm_final_attn(t + self.final_attn_token_to_image(t + tokens, image + image_code, image))
+        out[-1] = (t, image)
+        return out
+
+
+class MaskDecoder(nn.Module):
+    """Image embedding and prompt tokens -> low-resolution mask logits and predicted IoU."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, iou_hidden: int, skips: tuple[int, int] | None):
+        super().__init__()
+        self.transformer = TwoWayTransformer(dim, heads, hidden)
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(MASK_TOKENS, dim)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim // 4, 2, 2), LayerNorm2d(dim // 4), nn.GELU(),
+            nn.ConvTranspose2d(dim // 4, dim // 8, 2, 2), nn.GELU(),
+        )  # fmt: skip
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, dim, dim // 8, 3) for _ in range(MASK_TOKENS))
+        self.iou_prediction_head = MLP(dim, iou_hidden, MASK_TOKENS, 3)
+        if skips:  # as SAM 2 does: finer encoder features join the upscaling path
+            self.skip4 = nn.Conv2d(skips[0], dim // 4, 1)
+            self.skip2 = nn.Conv2d(skips[1], dim // 8, 1)
+            self.dense4 = nn.Conv2d(PROMPT_MAPS, dim // 4, 1)
+            self.refine = nn.Conv2d(dim // 8, dim // 8, 3, padding=1)
+        self.skips = skips is not None
+
+    def upscale(self, x: Tensor, finer: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        """(P, dim, s, s) -> (P, dim / 8, 4s, 4s). finer: encoder features at stride 4 and 2, prompt maps at stride 4."""
+        if finer is None:
+            return self.output_upscaling(x)
+        up1, norm, act, up2, _ = self.output_upscaling
+        stride4, stride2, maps = finer
+        x = act(norm(up1(x) + stride4 + self.dense4(maps)))
+        x = act(up2(x) + stride2)
+        return x + F.gelu(self.refine(x))
+
+    def masks(self, tokens: Tensor, upscaled: Tensor, which: range) -> Tensor:
+        """Logits (P, len(which), 4s, 4s) of the chosen mask tokens."""
+        weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], 1)
+        return (weights @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+
+
+class SamHead(nn.Module):
+    """Prompt encoder and mask decoder: features of B images and P prompts that name their image -> P answers."""
+
+    def __init__(
+        self,
+        dim: int = 256,
+        heads: int = 8,
+        hidden: int = 2048,
+        iou_hidden: int = 256,
+        dense_prompt: bool = False,
+        skips: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        self.prompt_encoder = PromptEncoder(dim, dense_prompt)
+        self.mask_decoder = MaskDecoder(dim, heads, hidden, iou_hidden, skips)
+
+    def forward(
+        self,
+        features: tuple[Tensor, ...],
+        owner: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        masks: Tensor | None = None,
+        which: range = range(MASK_TOKENS),
+        intermediate: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (P, len(which), 4s, 4s), predicted IoU (P, len(which)), and the logits after the first block if asked for.
+
+        features: embedding (B, dim, s, s) and, for heads with skips, stride 4 and 2. owner (P,): each prompt's image.
+        points (P, K, 2) in the 1024 frame, labels (P, K), masks (P, 1, 4s, 4s).
+        """
+        prompt, decoder = self.prompt_encoder, self.mask_decoder
+        embedding = features[0]
+        size = (embedding.shape[-2], embedding.shape[-1])
+        sparse = prompt.tokens(points, labels)
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(points), -1, -1)
+        tokens = torch.cat([fixed, sparse], 1)
+        seen = None
+        if bool((labels == ABSENT).any()):
+            seen = F.pad(labels != ABSENT, (fixed.shape[1], 0), value=True)[:, None, None]
+        source = embedding[owner] + prompt.embed(points, labels, masks, size)
+        image_code = prompt.pe_layer.grid(size)
+        steps = decoder.transformer(source.flatten(2).transpose(1, 2), image_code, tokens, seen)
+        finer = None
+        if decoder.skips:
+            # projected once per image, then handed to each prompt
+            finer = (
+                decoder.skip4(features[1])[owner],
+                decoder.skip2(features[2])[owner],
+                prompt_maps(points / PROMPT_SIDE, labels, 2 * size[0]),
+            )
+        answers = []
+        for t, image in steps if intermediate else steps[-1:]:
+            upscaled = decoder.upscale(image.transpose(1, 2).unflatten(-1, size), finer)
+            answers.append(decoder.masks(t, upscaled, which))
+        t = steps[-1][0]
+        iou = decoder.iou_prediction_head(t[:, 0])[:, which.start : which.stop]
+        return answers[-1], iou, answers[0] if intermediate else None

@@ -1,0 +1,62 @@
+"""What to run, as names and numbers: the one home of every default of `segment`.
+
+A Plan knows no file contents, no model and no device handle. The command line fills one, `run.json` records it beside every
+output, and a resumed run compares its digest.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+
+from depthseg.errors import DepthsegError
+
+# Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
+_SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of `segment`. Every field is a JSON value; paths are strings."""
+
+    model: str = "nano-depth"  # a row of catalog.MODELS
+    weights: str | None = None  # a checkpoint instead of the row's own
+    detector: str = "auto"  # a row of catalog.DETECTORS; auto = YOLOv8 when its weights are here, else nano
+    boxes: str | None = None  # COCO detection results: takes the place of the detector
+    points: str | None = None  # clicks from a file: likewise
+    depth: str = "auto"  # a row of catalog.DEPTHS, a folder of depth maps, or none
+    device: str = "auto"  # auto = cuda when there is one, else cpu
+    precision: str = "auto"  # fp32, bf16, fp16; auto = fp32 on the CPU, bf16 or fp16 on CUDA
+    batch: int = 4  # images in one encoder call
+    prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
+    confidence: float = 0.25  # boxes under this detector score are dropped
+    max_boxes: int = 100  # per image, best first
+    zoom: bool = False  # decode every box again on a crop of twice its size
+    points_per_side: int = 16  # grid: points along each side of the image
+    min_predicted_iou: float = 0.7  # grid
+    min_stability: float = 0.85  # grid
+    nms: float = 0.7  # grid and nano boxes: masks that overlap a better one by more are dropped
+    min_region: int = 64  # grid: holes and islands under this many pixels are filled or dropped
+    overlays: bool = True
+    labelmaps: bool = True
+    depth_panel: bool = False  # the depth map beside the overlay
+    instances: bool = False  # one PNG for each mask
+    seed: int = 0
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Plan":
+        """The Plan of a dict as `to_json` gave it. Unknown keys are refused."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise DepthsegError(f"unknown option in the plan: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def decisive(self) -> dict:
+        """The fields that decide the masks: a run may go on in a folder only if these are unchanged."""
+        return {k: v for k, v in asdict(self).items() if k not in _SPEED_ONLY}
+
+    def digest(self) -> str:
+        """Twelve hex digits that name the decisive fields."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:12]

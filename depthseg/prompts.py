@@ -1,0 +1,51 @@
+"""Where prompts come from when nobody gives any: the point grid, and the clicks of a simulated user.
+
+Geometry in original pixels. Knows no network and no files.
+"""
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from depthseg.schema import Array, Prompts
+
+
+def grid(size: tuple[int, int], per_side: int) -> Prompts:
+    """SAM's grid: per_side x per_side positive points in the middle of equal cells of the image (h, w), row by row."""
+    h, w = size
+    at = (np.arange(per_side) + 0.5) / per_side
+    x, y = np.meshgrid(at * w, at * h)
+    return Prompts.of(points=np.stack([x, y], -1).reshape(-1, 1, 2))
+
+
+def next_click(truth: Array, prediction: Array, clicked: Array) -> tuple[int, int, bool]:
+    """The next click (x, y, positive) of a user who wants `truth` and sees `prediction`, both bool (h, w).
+
+    It goes to the pixel deepest inside the error, as in the evaluation of RITM and EfficientViT-SAM: positive only if the deepest
+    missing pixel is strictly deeper than the deepest wrong one, the first of equals in row-major order. Without any error it is a
+    negative click at (0, 0), as there.
+
+    clicked: (n, 2) int x, y of the clicks so far, which are not clicked again.
+    """
+    missing, wrong = _deepest(truth & ~prediction, clicked), _deepest(prediction & ~truth, clicked)
+    positive = missing[0] > wrong[0]
+    _, x, y = missing if positive else wrong
+    return x, y, positive
+
+
+def _deepest(region: Array, clicked: Array) -> tuple[float, int, int]:
+    """Distance to the rim, x and y of the pixel deepest inside a bool region (h, w); 0, 0, 0 if all of it has been clicked.
+
+    The image's edge is a rim. Only the region's box is looked at, since nothing outside it can be nearer than the box's own rim.
+    """
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    if not len(rows):
+        return 0.0, 0, 0
+    top, left = int(rows[0]), int(columns[0])
+    window = region[top : rows[-1] + 1, left : columns[-1] + 1]
+    depth = distance_transform_edt(np.pad(window, 1))[1:-1, 1:-1]
+    x, y = (np.asarray(clicked, int).reshape(-1, 2) - (left, top)).T
+    inside = (x >= 0) & (y >= 0) & (x < window.shape[1]) & (y < window.shape[0])
+    depth[y[inside], x[inside]] = 0
+    y, x = divmod(int(depth.argmax()), window.shape[1])
+    deepest = float(depth[y, x])
+    return (deepest, left + x, top + y) if deepest else (0.0, 0, 0)

@@ -1,0 +1,151 @@
+"""Training samples in SA-1B's layout: `sa_N.jpg` beside `sa_N.json`, in folders or in tar archives (plain or gzip, as published).
+
+Also reads RGB + depth pairs (`rgb/`, `depth/`, a manifest). Knows nothing of crops, prompts or tensors.
+"""
+
+import csv
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PILImage
+
+from depthseg.errors import NOTHING_TO_DO, DepthsegError
+from depthseg.schema import Array
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one sample lies: files in a folder, or members (offset, bytes) of a tar."""
+
+    key: str  # relative path of the picture, POSIX
+    root: Path  # folder or archive
+    source: str = ""  # where the picture came from, if a manifest.csv in the root says so
+    image: tuple[int, int] | None = None  # offset and length inside the archive
+    annotation: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """pixels uint8 RGB (h, w, 3); one compressed RLE per mask."""
+
+    key: str
+    pixels: Array
+    rles: list[dict]
+
+
+def _unzipped(path: Path) -> Path:
+    """The archive itself, or, since a gzip stream cannot be read at random, its unpacked copy beside it (made once)."""
+    with path.open("rb") as f:
+        if f.read(2) != b"\x1f\x8b":  # SA-1B's example archive is gzip in spite of its name
+            return path
+    plain = path.with_suffix(".unzipped.tar")
+    if not plain.exists():
+        import gzip
+        import shutil
+
+        part = plain.with_suffix(".part")
+        with gzip.open(path) as src, part.open("wb") as dst:
+            shutil.copyfileobj(src, dst, 1 << 22)
+        part.replace(plain)
+    return plain
+
+
+def _in_tar(path: Path) -> list[Entry]:
+    plain = _unzipped(path)
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(plain) as tar:
+        for m in tar:
+            stem, _, kind = m.name.rpartition(".")
+            if m.isfile() and kind in ("jpg", "json"):
+                members.setdefault(stem, {})[kind] = (m.offset_data, m.size)
+    return [
+        Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"])
+        for stem, v in sorted(members.items())
+        if len(v) == 2
+    ]
+
+
+def index(roots: list[Path]) -> list[Entry]:
+    """All samples below the roots (folders, or .tar files themselves), in a fixed order.
+
+    Raises DepthsegError when a root is missing or holds no pair of picture and annotation.
+    """
+    out: list[Entry] = []
+    for root in roots:
+        if not root.exists():
+            raise DepthsegError(f"no such data folder: {root}", "Pass --data with a folder or a .tar in SA-1B's layout.")
+        sources = {}
+        manifest = root.parent / "manifest.csv"  # lists files relative to itself: train/sa_000000/sa_1.jpg
+        if root.is_dir() and manifest.exists():
+            with manifest.open(newline="") as f:
+                sources = {r["file"]: r.get("source_repo", "") for r in csv.DictReader(f) if "file" in r}
+        found = []
+        if root.is_file():
+            found = _in_tar(root)
+        else:
+            for annotation in sorted(root.rglob("sa_*.json")):
+                picture = annotation.with_suffix(".jpg")
+                if picture.exists():
+                    key = picture.relative_to(root).as_posix()
+                    found.append(Entry(key, root, sources.get(f"{root.name}/{key}", "")))
+            for tar in sorted(root.rglob("*.tar")):
+                if not tar.name.endswith(".unzipped.tar"):
+                    found += _in_tar(tar)
+        if not found:
+            raise DepthsegError(
+                f"no sample in {root}", "Expected pairs sa_N.jpg and sa_N.json, in folders or in .tar archives.", NOTHING_TO_DO
+            )
+        out += found
+    return out
+
+
+def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:
+    if where is None:
+        return (entry.root / entry.key).with_suffix(suffix).read_bytes()
+    with entry.root.open("rb") as f:
+        f.seek(where[0])
+        return f.read(where[1])
+
+
+def load(entry: Entry) -> Sample:
+    """The picture and its masks, decoded and checked against each other. Raises ValueError naming the sample."""
+    try:
+        pixels = np.asarray(PILImage.open(io.BytesIO(_bytes(entry, ".jpg", entry.image))).convert("RGB"))
+        annotations = json.loads(_bytes(entry, ".json", entry.annotation))["annotations"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{entry.key}: {e}") from e
+    rles = [a["segmentation"] for a in annotations]
+    if any(tuple(r["size"]) != pixels.shape[:2] for r in rles):
+        raise ValueError(f"{entry.key}: masks of another size than the picture {pixels.shape[:2]}")
+    return Sample(entry.key, pixels, rles)
+
+
+@dataclass(frozen=True)
+class DepthPair:
+    """One RGB + depth file pair and how to read the depth."""
+
+    rgb: Path
+    depth: Path
+    kind: str  # metric (larger is farther) or inverse (larger is nearer)
+    scene: str
+
+
+def depth_pairs(roots: list[Path]) -> list[DepthPair]:
+    """Pairs listed in `manifest.csv` beside each root folder (columns rgb, depth, scene, optionally kind)."""
+    out = []
+    for root in roots:
+        manifest = root.parent / "manifest.csv"
+        if not manifest.exists():
+            raise DepthsegError(f"no manifest.csv beside {root}", "Depth training needs a manifest with columns rgb, depth, scene.")
+        with manifest.open(newline="") as f:
+            for r in csv.DictReader(f):
+                if r["rgb"].startswith(root.name + "/"):
+                    kind = "metric" if r.get("kind", "metric") == "metric" else "inverse"
+                    out.append(DepthPair(root.parent / r["rgb"], root.parent / r["depth"], kind, r["scene"]))
+    if not out:
+        raise DepthsegError("no RGB and depth pairs found", "Check --data.", NOTHING_TO_DO)
+    return out

@@ -1,0 +1,241 @@
+"""The nouns that flow between stages: frozen dataclasses of parallel NumPy arrays, and the Frame that scales between them.
+
+One coordinate frame at every boundary: pixels of the original image (after EXIF orientation), XYXY, float32. Only `Frame` knows
+other frames: the encoder's square input and SAM's 1024-pixel prompt frame. Knows no files and no torch.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+from PIL import Image as PILImage
+
+Array = np.ndarray
+
+# Prompt labels, as in SAM's ONNX convention: a box is its two corners.
+NEGATIVE, POSITIVE, CORNER_MIN, CORNER_MAX = 0, 1, 2, 3
+PADDING = -1  # SAM's own "not a point" token, which it appends to points that come without a box
+ABSENT = -10  # no token at all: fills ragged rows, is masked out of the attention
+
+# SAM's normalisation, RGB, in grey levels.
+PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
+PROMPT_SIDE = 1024  # prompts live in a 1024 frame, whatever the encoder's input (EfficientViT-SAM, SAM)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One picture. `pixels` is uint8 RGB (h, w, 3) once read, None before."""
+
+    key: str  # relative POSIX path with extension
+    id: int
+    path: Path | None
+    size: tuple[int, int]  # h, w after EXIF orientation
+    pixels: Array | None = None
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Detections of one image."""
+
+    xyxy: Array  # (N, 4) float32, original pixels
+    score: Array  # (N,) float32
+    label: Array  # (N,) int64, the data set's own category id
+    names: dict[int, str] = field(default_factory=dict)  # category id -> name, for those that occur
+
+    def __post_init__(self) -> None:
+        if self.xyxy.shape != (len(self.score), 4) or len(self.label) != len(self.score):
+            raise ValueError(f"boxes {self.xyxy.shape}, scores {self.score.shape} and labels {self.label.shape} do not match")
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def keep(self, index: Array) -> "Boxes":
+        return replace(self, xyxy=self.xyxy[index], score=self.score[index], label=self.label[index])
+
+    @classmethod
+    def empty(cls) -> "Boxes":
+        return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one image, each up to K points. Boxes are two points labelled CORNER_MIN and CORNER_MAX."""
+
+    points: Array  # (P, K, 2) float32 x, y in original pixels
+    labels: Array  # (P, K) int64
+    masks: Array | None = None  # (P, 1, s, s) float32 low-resolution logits of an earlier answer
+
+    def __post_init__(self) -> None:
+        if self.points.shape[:2] != self.labels.shape or self.points.shape[2:] != (2,):
+            raise ValueError(f"points {self.points.shape} and labels {self.labels.shape} do not match")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(cls, boxes: Array | None = None, points: Array | None = None, signs: Array | None = None) -> "Prompts":
+        """Boxes (P, 4), or points (P, K, 2) with signs (P, K), or both.
+
+        Points without a box get SAM's padding token, as the official predictor does.
+        """
+        xy, labels = [], []
+        if points is not None:
+            count = len(points)
+            xy.append(np.asarray(points, np.float32))
+            labels.append(np.ones(xy[0].shape[:2]) if signs is None else np.asarray(signs))
+            if boxes is None:
+                xy.append(np.zeros((count, 1, 2), np.float32))
+                labels.append(np.full((count, 1), PADDING))
+        if boxes is not None:
+            xy.append(np.asarray(boxes, np.float32).reshape(-1, 2, 2))
+            labels.append(np.tile([CORNER_MIN, CORNER_MAX], (len(xy[-1]), 1)))
+        return cls(np.concatenate(xy, 1), np.concatenate(labels, 1).astype(np.int64))
+
+
+def _fit(h: int, w: int, side: int) -> tuple[int, int]:
+    """Height and width with the long side at `side`; halves round up, each side on its own, as the official code does."""
+    scale = side / max(h, w)
+    return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
+
+
+@lru_cache(maxsize=256)
+def _linear(n_in: int, n_out: int) -> Array:
+    """(n_out, n_in) matrix of bilinear interpolation along one axis, half-pixel centres (torch's align_corners=False)."""
+    at = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, None)
+    low = np.minimum(at.astype(int), n_in - 1)
+    high = np.minimum(low + 1, n_in - 1)
+    frac = at - low
+    m = np.zeros((n_out, n_in))
+    np.add.at(m, (np.arange(n_out), low), 1 - frac)
+    np.add.at(m, (np.arange(n_out), high), frac)
+    return m
+
+
+@lru_cache(maxsize=64)
+def _upsampling(low: int, inner: int, original: int) -> Array:
+    """(original, low) float32: low-resolution axis -> 1024 frame -> without the padding -> original pixels, composed.
+
+    The official post-processing interpolates twice; both steps are linear and separable, so one matrix per axis is the same map.
+    """
+    return (_linear(inner, original) @ _linear(low, PROMPT_SIDE)[:inner]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How one image lies in the encoder's square input. The only code that scales images, coordinates or masks."""
+
+    size: tuple[int, int]  # original h, w
+    side: int  # encoder input, pixels
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """h, w of the resized image inside the encoder's square; the rest (right, bottom) is padding."""
+        return self.size if max(self.size) == self.side else _fit(*self.size, self.side)
+
+    @property
+    def prompt_inner(self) -> tuple[int, int]:
+        """h, w in the prompt frame: rounded on its own, not twice `inner` (the official code's 1 px quirk, kept)."""
+        return _fit(*self.size, PROMPT_SIDE)
+
+    def image(self, pixels: Array) -> Array:
+        """uint8 (h, w, 3) -> normalised float32 (3, side, side), padded with zeros after normalising."""
+        h, w = self.inner
+        if pixels.shape[:2] != (h, w):
+            pixels = np.asarray(PILImage.fromarray(pixels).resize((w, h), PILImage.Resampling.BILINEAR))
+        x = np.zeros((3, self.side, self.side), np.float32)
+        x[:, :h, :w] = ((pixels.astype(np.float32) / 255 - PIXEL_MEAN / 255) / (PIXEL_STD / 255)).transpose(2, 0, 1)
+        return x
+
+    def depth(self, depth: Array) -> Array:
+        """Depth in 0..1, near is 1, any resolution of the same view -> float32 (3, side, side), one channel replicated.
+
+        Normalised with SAM's mean and deviation as if it were a grey picture, so that a depth encoder may start from RGB weights.
+        """
+        h, w = self.inner
+        if depth.shape != (h, w):
+            depth = np.asarray(PILImage.fromarray(depth.astype(np.float32)).resize((w, h), PILImage.Resampling.BILINEAR))
+        x = np.zeros((3, self.side, self.side), np.float32)
+        x[:, :h, :w] = (depth[None] - PIXEL_MEAN[:, None, None] / 255) / (PIXEL_STD[:, None, None] / 255)
+        return x
+
+    def to_prompt(self, xy: Array) -> Array:
+        """(..., 2) x, y in original pixels -> the prompt frame."""
+        (h, w), (ih, iw) = self.size, self.prompt_inner
+        return np.asarray(xy, np.float32) * np.array([iw / w, ih / h], np.float32)
+
+    def valid(self, low: int) -> tuple[int, int]:
+        """h, w of the part of a (low, low) logit map that shows the image and not the padding, rounded up."""
+        ih, iw = self.prompt_inner
+        return -(-ih * low // PROMPT_SIDE), -(-iw * low // PROMPT_SIDE)
+
+    def logits(self, low: Array) -> Array:
+        """Low-resolution logits (s, s) -> float32 (h, w) in original pixels: SAM's post-processing."""
+        s, (h, w), (ih, iw) = low.shape[0], self.size, self.prompt_inner
+        return _upsampling(s, ih, h) @ low @ _upsampling(s, iw, w).T
+
+    def mask(self, low: Array) -> Array:
+        """Low-resolution logits (s, s) -> bool (h, w), exactly `logits(low) > 0` but computed only where it can be true."""
+        out = np.zeros(self.size, bool)
+        s, (h, w), (ih, iw) = low.shape[0], self.size, self.prompt_inner
+        positive = low > 0
+        if not positive.any():
+            return out
+        spans, rows = [], (_upsampling(s, ih, h), _upsampling(s, iw, w))
+        for axis, m in enumerate(rows):
+            (hit,) = np.nonzero(positive.any(1 - axis))
+            (reach,) = np.nonzero((m[:, hit[0] : hit[-1] + 1] > 0).any(1))  # original pixels that a positive logit touches
+            if not len(reach):
+                return out
+            spans.append(slice(reach[0], reach[-1] + 1))
+        out[spans[0], spans[1]] = rows[0][spans[0]] @ low @ rows[1][spans[1]].T > 0
+        return out
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Instances of one image, best first; masks are compressed where they are born."""
+
+    rle: list[dict]  # N times {"size": [h, w], "counts": str}, COCO compressed RLE
+    box: Array  # (N, 4) float32 xyxy of the mask, original pixels
+    area: Array  # (N,) int64 pixels
+    predicted_iou: Array  # (N,) float32
+    stability: Array  # (N,) float32
+    score: Array  # (N,) float32 detector score (predicted IoU where there is no detector)
+    label: Array  # (N,) int64 category id
+    names: dict[int, str] = field(default_factory=dict)  # category id -> name
+
+    def __len__(self) -> int:
+        return len(self.rle)
+
+    def keep(self, index: Array) -> "Masks":
+        """The instances at `index` (positions), in that order."""
+        arrays = {n: getattr(self, n)[index] for n in ("box", "area", "predicted_iou", "stability", "score", "label")}
+        return replace(self, rle=[self.rle[i] for i in index], **arrays)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The answer for one image: one JSON line, of which every output format is a projection."""
+
+    image: Image
+    masks: Masks
+    plan: str = ""  # Plan.digest()
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, this image's share of its batch
+    depth: Array | None = None  # float32 (h', w') 0..1, near is 1; for drawing, not part of the JSON
+
+
+class Detector(Protocol):
+    def __call__(self, images: list[Image], text: Sequence[str] = ()) -> list[Boxes]: ...
+
+
+class Depth(Protocol):
+    def __call__(self, images: list[Image]) -> list[Array]: ...
+
+
+class Network(Protocol):
+    def encode(self, rgb: Any, depth: Any = None) -> Any: ...
+
+    def decode(self, features: Any, owner: Any, points: Any, labels: Any, masks: Any = None, multimask: bool = True) -> Any: ...

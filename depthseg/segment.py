@@ -1,0 +1,460 @@
+"""A stream of images becomes a stream of records: read, detect, estimate depth, encode, decode, compress; by batch, in order.
+
+`Segmenter` builds the stages that a Plan names and runs them. Prompts of all images of a batch are flat, an owner beside them, so
+the prompt batch is independent of the image batch. Knows no output files, no progress bar and no second process.
+"""
+
+import importlib.util
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from depthseg import __version__, catalog, masks, prompts, weights
+from depthseg.data import Failure, Unreadable, read_ahead
+from depthseg.depth import Cached, DepthFolder, present
+from depthseg.detect import BoxesFile, PointsFile
+from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.plan import Plan
+from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Boxes, Depth, Frame, Image, Masks, Prompts, Record
+
+T = TypeVar("T")
+Seconds = defaultdict[str, float]  # by stage
+Source = Callable[[list[Image]], Sequence[Boxes | Prompts]]  # what to ask about each image
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+YOLO_BY_PREFERENCE = ("yolov8m", "yolov8n", "yolov8s", "yolov8l", "yolov8x")  # auto takes the first that is here
+BETTER_DEPTH = "depth-anything-v2-small"
+ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
+ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
+FREE_LICENCES = ("", "Apache-2.0")
+
+
+class Answer(NamedTuple):
+    """One mask."""
+
+    prompt: int  # position of the prompt that it answers
+    rle: dict  # in original pixels
+    predicted_iou: float
+    stability: float
+
+
+@dataclass(frozen=True)
+class View:
+    """What the encoder looks at: a whole picture, or a piece of it."""
+
+    pixels: Array  # uint8 (h, w, 3)
+    depth: Array | None  # float (h', w') of the same view, near is 1
+    canvas: tuple[int, int]  # h, w of the whole picture
+    corner: tuple[int, int] = (0, 0)  # x, y of this piece in it
+
+    def crop(self, box: Array) -> "View":
+        """The square piece twice as long as the box (4,), clipped to the picture."""
+        h, w = self.canvas
+        low, high = np.clip(box[:2], 0, (w, h)), np.clip(box[2:], 0, (w, h))
+        half = max(ZOOM_FACTOR * float((high - low).max()), ZOOM_LEAST) / 2
+        x0, y0 = np.floor(np.maximum((low + high) / 2 - half, 0)).astype(int).tolist()
+        x1, y1 = np.ceil(np.minimum((low + high) / 2 + half, (w, h))).astype(int).tolist()
+        depth = self.depth
+        if depth is not None:  # its pixels need not be those of the picture: cut out with fractions of a pixel
+            sx, sy = depth.shape[1] / w, depth.shape[0] / h
+            whole = PILImage.fromarray(depth.astype(np.float32))
+            piece = (x0 * sx, y0 * sy, x1 * sx, y1 * sy)
+            depth = np.asarray(whole.resize((x1 - x0, y1 - y0), PILImage.Resampling.BILINEAR, box=piece))
+        return View(self.pixels[y0:y1, x0:x1], depth, self.canvas, (x0, y0))
+
+    def paste(self, mask: Array) -> Array:
+        """A bool mask of this view in its place on the whole picture."""
+        if mask.shape == self.canvas:
+            return mask
+        out = np.zeros(self.canvas, bool)
+        (x, y), (h, w) = self.corner, mask.shape
+        out[y : y + h, x : x + w] = mask
+        return out
+
+
+class Encoded(NamedTuple):
+    """Features of some views, with what it takes to ask about them. Held by the caller, never by the Segmenter."""
+
+    features: Any  # what the network's encode gave
+    views: list[View]
+    frames: list[Frame]
+
+
+class Segmenter:
+    """The stages of one Plan. `notes` are sentences for the user, `provenance` says in JSON what made the masks.
+
+    pull: fetch missing weights first; otherwise no network is used. images_json: COCO images file for `plan.boxes` by image_id.
+    network, source, depth: ready-made stages in place of those that the plan names.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        pull: bool = False,
+        images_json: str | Path | None = None,
+        *,
+        network: Any = None,
+        source: Source | None = None,
+        depth: Depth | None = None,
+    ):
+        self.plan = plan
+        self.notes: list[str] = []
+        self.device = _device(plan.device)
+        self.precision = _precision(plan.precision, self.device)
+        self.provenance: dict[str, Any] = {
+            "device": str(self.device),
+            "precision": self.precision,
+            "versions": {"depthseg": __version__, **{p: _version(p) for p in ("torch", "timm", "transformers", "ultralytics")}},
+        }
+        self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
+        self._pull = pull
+        self._terms: dict[str, list[str]] = {}  # what a user must know -> the pieces that it is about
+        self.network = (network if network is not None else self._build_network()).to(self.device)
+        self.source = source if source is not None else self._build_source(images_json)
+        self.depth = depth if depth is not None else self._build_depth()
+        self.notes += [f"{', '.join(pieces)}: {terms}" for terms, pieces in self._terms.items()]
+
+    def _weights(self, table: dict[str, catalog.Row], name: str, what: str) -> Path:
+        entry = catalog.row(table, name, what)
+        return weights.pull(entry, name) if self._pull and not catalog.find(entry) else catalog.require(entry, name)
+
+    def _chosen(self, role: str, name: str, entry: catalog.Row | None = None, path: Path | None = None) -> None:
+        """Record a choice and, with its row, the terms of its weights."""
+        file = {"file": path.name, "sha256": weights.sha256(path)} if path and path.is_file() else {}
+        about = {k: v for k, v in (("hub", entry.hub), ("licence", entry.licence)) if v} if entry else {}
+        self.provenance[role] = {"name": name, **file, **about}
+        if entry and entry.licence not in FREE_LICENCES:
+            self._terms.setdefault(f"licence {entry.licence}", []).append(f"{role} {name}")
+        if entry and entry.note:
+            self._terms.setdefault(entry.note, []).append(f"{role} {name}")
+
+    def _build_network(self) -> Any:
+        name = self.plan.model
+        entry = catalog.row(catalog.MODELS, name, "model")
+        path = Path(self.plan.weights) if self.plan.weights else self._weights(catalog.MODELS, name, "model")
+        network = catalog.load(name, path)
+        self._chosen("model", name, None if self.plan.weights else entry, path)
+        return network
+
+    def _build_source(self, images_json: str | Path | None) -> Source:
+        plan = self.plan
+        if plan.boxes and plan.points:
+            raise DepthsegError("--boxes and --points are both given", "Give one of them.")
+        if given := plan.boxes or plan.points:
+            self.detector = "file"
+            self.notes.append(f"prompts: {'boxes' if plan.boxes else 'points'} from {Path(given).name}")
+            source = BoxesFile(given, plan.confidence, plan.max_boxes, images_json) if plan.boxes else PointsFile(given)
+            self._chosen("detector", "file", path=Path(given))
+            return source
+        self.detector = name = self._auto_detector() if plan.detector == "auto" else plan.detector
+        entry = catalog.row(catalog.DETECTORS, name, "detector")
+        if name == "grid":
+            self._chosen("detector", name)
+            self.notes.append(f"prompts: a grid of {plan.points_per_side} x {plan.points_per_side} points")
+            return lambda images: [prompts.grid(image.size, plan.points_per_side) for image in images]
+        path = self._weights(catalog.DETECTORS, name, "detector")
+        self._chosen("detector", name, entry, path)
+        return catalog.resolve(entry)(path, self.device, self.precision, plan.confidence, plan.max_boxes)
+
+    def _auto_detector(self) -> str:
+        """YOLOv8 if it can run here (after fetching it, with pull), else the embedded way."""
+        installed = importlib.util.find_spec("ultralytics") is not None
+        here = [name for name in YOLO_BY_PREFERENCE if catalog.find(catalog.DETECTORS[name])]
+        if installed and (here or self._pull):
+            name = (here or YOLO_BY_PREFERENCE)[0]
+            self.notes.append(f"detector: {name}")
+            return name
+        first = "" if installed else "pip install ultralytics, then "
+        self.notes.append(f"detector: nano (embedded); for better boxes: {first}--detector {YOLO_BY_PREFERENCE[0]} --pull")
+        return "nano"
+
+    def _build_depth(self) -> Depth | None:
+        choice = self.plan.depth
+        if self.network.alpha is None:
+            if choice not in ("auto", "none"):
+                raise DepthsegError(
+                    f"the model {self.plan.model} does not use depth",
+                    f"Choose --model {self.plan.model}-depth, or leave --depth out.",
+                )
+            return None
+        if choice == "none":
+            self.notes.append("depth: none; the model works as its RGB part alone")
+            self._chosen("depth", "none")
+            return None
+        if choice not in ("auto", *catalog.DEPTHS) and Path(choice).exists():
+            self.notes.append(f"depth: maps from {choice}")
+            self._chosen("depth", Path(choice).name)
+            return DepthFolder(choice)
+        name = choice
+        if choice == "auto":
+            better = self._pull or present(catalog.DEPTHS[BETTER_DEPTH].hub)
+            name = BETTER_DEPTH if better else "nano"
+            self.notes.append(
+                f"depth: {name}" if better else f"depth: nano (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
+            )
+        entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
+        path = None
+        if entry.file:
+            path = self._weights(catalog.DEPTHS, name, "depth estimator")
+        elif self._pull and not present(entry.hub):
+            weights.pull(entry, name)
+        estimator = catalog.resolve(entry)(path or entry.hub, self.device, self.precision)
+        self._chosen("depth", name, entry, path)
+        made_by = f"{name} {self.provenance['depth'].get('sha256', '')} {self.precision}"
+        return Cached(estimator, catalog.cache() / "depth", made_by)
+
+    def segment(self, images: Iterable[Image]) -> Iterator[Record | Failure]:
+        """A Record, or a Failure, for each image, in order. Memory is bounded by the batch, not by the number of images.
+
+        What is wrong with one image ends that image only; lack of memory and programming errors are raised.
+        """
+        stream = read_ahead(images, workers=2, ahead=2 * self.plan.batch)
+        while True:
+            start = time.perf_counter()
+            held = list(islice(stream, self.plan.batch))
+            if not held:
+                return
+            yield from self._batch(held, time.perf_counter() - start)
+
+    def _batch(self, held: list[Image | Failure], reading: float) -> Iterator[Record | Failure]:
+        out: list[Record | Failure | None] = [item if isinstance(item, Failure) else None for item in held]
+        images = {k: item for k, item in enumerate(held) if isinstance(item, Image)}
+        spent: Seconds = defaultdict(float, read=reading)
+
+        def stage(name: str, call: Callable[[list[Image]], Sequence[T]]) -> dict[int, T]:
+            """What `call` gives for the images that are left; those that it cannot take become failures."""
+            with self._timed(spent, name):
+                results = dict(zip(images, _one_by_one_if_need_be(name, call, list(images.values()))))
+            for k, result in results.items():
+                if isinstance(result, Failure):
+                    out[k] = result
+                    del images[k]
+            return {k: result for k, result in results.items() if not isinstance(result, Failure)}
+
+        asked = stage("detect", self.source)
+        depths = stage("depth", self.depth) if self.depth else {}
+        views = [_whole(image, depths.get(k)) for k, image in images.items()]
+        grid = self.detector == "grid"
+        answers = self.masks_for(views, [_prompts(asked[k]) for k in images], strict=grid, spent=spent)
+        for (k, image), found in zip(images.items(), answers):
+            with self._timed(spent, "masks"):
+                labels = self.source.categories(image) if isinstance(self.source, PointsFile) else None
+                result = _masks(found, asked[k], labels, self.plan.nms if self.detector in ("grid", "nano") else None)
+            out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
+        share = {name: seconds / len(held) for name, seconds in spent.items()}
+        for item in out:
+            assert item is not None
+            yield replace(item, seconds=share) if isinstance(item, Record) else item
+
+    def depths(self, images: list[Image]) -> list[Array | None]:
+        """Depth maps as the plan says, or None for each image if the network runs without."""
+        return list(self.depth(images)) if self.depth else [None] * len(images)
+
+    def masks_for(
+        self, views: Sequence[View], asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None
+    ) -> list[list[Answer]]:
+        """The answers to the prompts of each whole picture, in the order of the prompts.
+
+        With plan.zoom, prompts with a box are asked on a crop around it instead. strict: as in `decode`.
+        spent: seconds by stage are added here.
+        """
+        spent = defaultdict(float) if spent is None else spent
+        answers: list[list[Answer]] = [[] for _ in views]
+        zoomed = [self.plan.zoom & (p.labels == CORNER_MIN).any(1) for p in asked]  # bool (P,) for each view
+        wholes = [(v, np.flatnonzero(~z)) for v, z in enumerate(zoomed) if not z.all()]
+        crops = [(v, np.array([i])) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]  # one view, one prompt
+
+        def ask(some: list[tuple[int, Array]], seen: list[View], side: int) -> None:
+            questions = [_rows(asked[v], rows, view.corner) for (v, rows), view in zip(some, seen)]
+            found = self.decode(self.encode(seen, side, spent), questions, strict, spent)
+            for (v, rows), those in zip(some, found):
+                answers[v] += [a._replace(prompt=int(rows[a.prompt])) for a in those]
+
+        size = self.plan.batch
+        for start in range(0, len(wholes), size):
+            some = wholes[start : start + size]
+            ask(some, [views[v] for v, _ in some], self.network.side)
+        size *= (self.network.side // self.network.zoom_side) ** 2  # one encoder call has the pixels of a batch of wholes
+        for start in range(0, len(crops), size):
+            some = crops[start : start + size]
+            ask(some, [views[v].crop(_box(asked[v], rows[0])) for v, rows in some], self.network.zoom_side)
+        return [sorted(found, key=lambda a: a.prompt) for found in answers]
+
+    def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
+        """Features of the views, in one encoder call with an input of `side` pixels."""
+        frames = [Frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
+        with self._timed(spent, "encode"), self._numerics():
+            rgb = self._tensor(np.stack([f.image(v.pixels) for f, v in zip(frames, views)]))
+            maps = [f.depth(v.depth) for f, v in zip(frames, views) if v.depth is not None]
+            features = self.network.encode(rgb, self._tensor(np.stack(maps)) if maps else None)
+        return Encoded(features, list(views), frames)
+
+    def decode(
+        self, encoded: Encoded, asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None
+    ) -> list[list[Answer]]:
+        """The answers to the prompts of each view, whose coordinates are the view's own; masks lie on the whole picture.
+
+        strict: drop answers below the plan's min_predicted_iou and min_stability, and clean small regions.
+        """
+        plan = self.plan
+        groups: dict[tuple[bool, bool], list[tuple[int, int]]] = {}  # (three candidates?, mask input?) -> view, row
+        for v, p in enumerate(asked):
+            for i in range(len(p)):
+                groups.setdefault((self._multimask(p.labels[i]), p.masks is not None), []).append((v, i))
+        answers: list[list[Answer]] = [[] for _ in asked]
+        for (multimask, _), flat in groups.items():
+            for start in range(0, len(flat), plan.prompt_batch):
+                chunk = flat[start : start + plan.prompt_batch]
+                with self._timed(spent, "decode"), self._numerics():
+                    low, ious = self._best(encoded, asked, chunk, multimask)
+                with self._timed(spent, "masks"):
+                    for (v, i), logits, iou in zip(chunk, low, ious.tolist()):
+                        frame, view = encoded.frames[v], encoded.views[v]
+                        h, w = frame.valid(len(logits))
+                        stability = float(masks.stability(logits[None, :h, :w])[0])
+                        if strict and (iou < plan.min_predicted_iou or stability < plan.min_stability):
+                            continue
+                        mask = view.paste(frame.mask(logits))
+                        mask = masks.clean(mask, plan.min_region) if strict else mask
+                        answers[v].append(Answer(i, masks.encode(mask), iou, stability))
+        return [sorted(found, key=lambda a: a.prompt) for found in answers]
+
+    def _best(
+        self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool
+    ) -> tuple[Array, Array]:
+        """Logits (P, s, s) and predicted IoU (P,) of the candidate with the highest predicted IoU, for one decoder call."""
+        width = max(asked[v].labels.shape[1] for v, _ in chunk)
+        points = np.zeros((len(chunk), width, 2), np.float32)
+        labels = np.full((len(chunk), width), ABSENT, np.int64)
+        for row, (v, i) in enumerate(chunk):
+            k = asked[v].labels.shape[1]
+            points[row, :k] = encoded.frames[v].to_prompt(asked[v].points[i])
+            labels[row, :k] = asked[v].labels[i]
+        earlier = [asked[v].masks[i] for v, i in chunk if asked[v].masks is not None]  # type: ignore[index]
+        owner = np.array([v for v, _ in chunk], np.int64)
+        low_resolution = self._tensor(np.stack(earlier)) if earlier else None
+        logits, iou = self.network.decode(
+            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask
+        )
+        best = iou.argmax(1)  # before anything is enlarged
+        every = torch.arange(len(best), device=best.device)
+        return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
+
+    def _multimask(self, labels: Array) -> bool:
+        """Whether a prompt with these labels (K,) is answered by three candidates."""
+        if self.network.single_mask_for == "never":
+            return True
+        return not (CORNER_MIN in labels or np.isin(labels, (NEGATIVE, POSITIVE)).sum() >= 3)
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @contextmanager
+    def _numerics(self) -> Iterator[None]:
+        dtype = PRECISIONS[self.precision]
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            yield
+
+    @contextmanager
+    def _timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if spent is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            spent[stage] += time.perf_counter() - start
+
+
+def _whole(image: Image, depth: Array | None) -> View:
+    assert image.pixels is not None
+    return View(image.pixels, depth, image.size)
+
+
+def _prompts(asked: Boxes | Prompts) -> Prompts:
+    return Prompts.of(boxes=asked.xyxy) if isinstance(asked, Boxes) else asked
+
+
+def _rows(asked: Prompts, index: Array, corner: tuple[int, int]) -> Prompts:
+    """Some of the prompts, in the coordinates of a view that starts at `corner`."""
+    points = asked.points[index] - np.array(corner, np.float32)
+    return Prompts(points, asked.labels[index], None if asked.masks is None else asked.masks[index])
+
+
+def _box(asked: Prompts, row: int) -> Array:
+    """xyxy (4,) of a prompt that has a box."""
+    first = int(np.flatnonzero(asked.labels[row] == CORNER_MIN)[0])
+    return asked.points[row, first : first + 2].reshape(4)
+
+
+def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, nms: float | None) -> Masks:
+    """The masks that are not empty, best score first; with `nms`, without those that overlap a better one by more.
+
+    labels: category id of each prompt (P,) where there are no boxes to say it.
+    """
+    area = masks.area([a.rle for a in answers])
+    answers, area = [a for a, pixels in zip(answers, area) if pixels], area[area > 0]
+    rle = [a.rle for a in answers]
+    prompt = np.array([a.prompt for a in answers], int)
+    ious = np.array([a.predicted_iou for a in answers], np.float32)
+    stability = np.array([a.stability for a in answers], np.float32)
+    if isinstance(asked, Boxes):
+        score, label, names = asked.score[prompt], asked.label[prompt], asked.names
+    else:
+        score, label, names = ious, np.ones(len(ious), np.int64) if labels is None else labels[prompt], {1: "object"}
+    result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names)
+    return result.keep(np.argsort(-score, kind="stable") if nms is None else masks.suppress(rle, score, nms))
+
+
+def _one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:
+    """What `call` gives for the images; if it refuses them together, for each alone, with a Failure for the guilty."""
+    if not images:
+        return []
+    try:
+        return call(images)
+    except (DepthsegError, Unreadable) as error:
+        if len(images) == 1:
+            return [Failure(images[0], stage, getattr(error, "message", str(error)))]
+    return [result for image in images for result in _one_by_one_if_need_be(stage, call, [image])]
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name; auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DepthsegError(f"no device is called '{name}'", "Use cpu, cuda, cuda:1 or auto.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DepthsegError(f"there is no device {name} on this machine", "Use --device cpu or auto.", MISSING_PIECE)
+    if device.type not in ("cpu", "cuda"):
+        raise DepthsegError(f"the device {name} is not supported", "Use cpu, cuda, cuda:1 or auto.")
+    return device
+
+
+def _precision(name: str, device: torch.device) -> str:
+    """A key of PRECISIONS; auto is fp32 on the CPU and bf16 on CUDA, or fp16 where bf16 would be emulated."""
+    if name == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name not in PRECISIONS:
+        raise DepthsegError(f"no precision is called '{name}'", f"Use {', '.join(PRECISIONS)} or auto.")
+    return name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,265 @@
+"""The output folder: pictures and one journal line for each image as it is done; COCO files and a manifest at the end.
+
+A run may stop at any moment and go on later: what the journal holds is done, everything else is done again. Memory holds keys
+and file positions, never masks. Knows nothing of models, devices or the terminal.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from depthseg import __version__, formats
+from depthseg.data import Failure, read
+from depthseg.errors import DepthsegError
+from depthseg.plan import Plan
+from depthseg.schema import Image, Record
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None  # type: ignore[assignment]
+
+_PICTURES = ("overlays", "depth_panel", "labelmaps", "instances")  # fields of Plan that ask for pictures
+_OURS = ("run.json", "journal.jsonl", "failures.jsonl", "predictions.json", "images.json", "overlays", "labelmaps", "instances")
+_NEXT = "Choose another folder, or start anew in this one with --overwrite."
+
+
+def check_output(output: str | Path, paths: Sequence[str | Path]) -> None:
+    """Refuse an output folder that is, or lies inside, one of the input folders: a second run would read it as input."""
+    target = Path(output).resolve()
+    for path in paths:
+        folder = Path(path).resolve()
+        if folder.is_dir() and target.is_relative_to(folder):
+            raise DepthsegError(f"the output folder {output} lies inside the input {path}", "Choose a folder outside of it.")
+
+
+class Sink:
+    """A context manager that owns the output folder of one run. `done` holds the keys that need no work any more.
+
+    Leaving the context writes the COCO files, after an exception too, from what is done. A failed image is tried again when the
+    run is started again. extra: JSON values that say what made the masks, for run.json.
+    """
+
+    def __init__(self, output: str | Path, plan: Plan, images: Sequence[Image], extra: dict, overwrite: bool = False):
+        self.output = Path(output)
+        self.plan = plan
+        self.images = images
+        self.extra = extra
+        self.overwrite = overwrite
+        self.done: set[str] = set()
+        self._offsets: dict[str, int] = {}  # key -> where its line starts in the journal
+        self._failed: set[str] = set()
+        self._made = [name for name in _PICTURES if getattr(plan, name)]
+        self._started = _now()
+        self._synced = 0.0
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        """Take the folder. Raises DepthsegError if it is in use, holds something else, or a run with another plan."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise DepthsegError(f"the output {self.output} is a file", "Choose a folder.") from None
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._lock())
+            self._claim()
+            (self.output / "failures.jsonl").unlink(missing_ok=True)  # its images are about to be tried again
+            self._journal = undo.enter_context(open(self.output / "journal.jsonl", "a+b", buffering=0))
+            self._resume()
+            self._manifest("running", None)
+            self._held = undo.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._held:
+            if not self._finished:
+                complete = kind is None and all(i.key in self._offsets or i.key in self._failed for i in self.images)
+                self.finish("finished" if complete else "interrupted")
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with open(self.output / ".lock", "w") as file:
+            if fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise DepthsegError(f"another process is writing to {self.output}", "Wait for it to end.") from None
+                except OSError:
+                    pass  # some network file systems have no locks
+            yield
+
+    def _claim(self) -> None:
+        """See to it that the folder is empty or holds a run with this plan."""
+        manifest = self.output / "run.json"
+        if not manifest.exists():
+            if any(not path.name.startswith(".") for path in self.output.iterdir()):
+                raise DepthsegError(f"the folder {self.output} is not empty and holds no run", "Choose an empty or a new folder.")
+            return
+        try:
+            earlier = json.loads(manifest.read_text("utf-8"))
+            plan, started = dict(earlier["plan"]), str(earlier["started"])
+        except (ValueError, KeyError, TypeError):
+            raise DepthsegError(f"{manifest} is not from a run of depthseg", "Choose an empty or a new folder.") from None
+        if self.overwrite:
+            for name in _OURS:
+                path = self.output / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            return
+        new = self.plan.decisive()
+        differ = [f"{name} (was {plan.get(name)!r}, is {new[name]!r})" for name in new if plan.get(name) != new[name]]
+        if differ:
+            raise DepthsegError(f"{self.output} holds a run with other options: {', '.join(differ)}", _NEXT)
+        self._started = started
+
+    def _resume(self) -> None:
+        """Read which images are done: their file has the size it had, and all pictures that are asked for were made."""
+        known = {image.key: image for image in self.images}
+        self._journal.seek(0)
+        end = 0
+        with open(self._journal.fileno(), "rb", closefd=False) as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):  # torn by a crash
+                    break
+                # The head of a line, up to the masks; a quote inside of a key is escaped, so the mark is unambiguous.
+                with contextlib.suppress(ValueError, KeyError):
+                    head = json.loads(line.partition(b', "instances": ')[0] + b"}")
+                    image = known.get(head["key"])
+                    if image is None or (head["bytes"] == _bytes(image) and set(self._made) <= set(head["pictures"])):
+                        self._offsets[head["key"]] = end
+                end += len(line)
+        self._journal.truncate(end)
+        self._end = end
+        self.done = self._offsets.keys() & known.keys()
+
+    def write(self, record: Record) -> None:
+        """The pictures of one image, then its journal line."""
+        image, masks, key = record.image, record.masks, record.image.key
+        if self.plan.overlays:
+            path = self.output / "overlays" / formats.overlay_name(key)
+            pixels = read(image).pixels
+            assert pixels is not None
+            formats.write_overlay(path, pixels, masks, record.depth if self.plan.depth_panel else None)
+        if self.plan.labelmaps:
+            formats.write_label_map(self.output / "labelmaps" / f"{key}.png", masks, image.size)
+        if self.plan.instances:
+            formats.write_instances(self.output / "instances" / key, masks)
+        instances = []
+        for i, rle in enumerate(masks.rle):
+            x0, y0, x1, y1 = masks.box[i].tolist()
+            label = int(masks.label[i])
+            instances.append({
+                "category_id": label,
+                "category": masks.names.get(label, str(label)),
+                "score": round(float(masks.score[i]), 6),
+                "predicted_iou": round(float(masks.predicted_iou[i]), 6),
+                "stability_score": round(float(masks.stability[i]), 6),
+                "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],  # COCO's xywh
+                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"]},
+            })  # fmt: skip
+        head = {"key": key, "id": image.id, "size": list(image.size), "bytes": _bytes(image), "pictures": self._made}
+        seconds = {stage: round(s, 5) for stage, s in record.seconds.items()}
+        line = json.dumps(head | {"instances": instances, "seconds": seconds, "plan": record.plan}).encode() + b"\n"
+        self._journal.write(line)
+        self._offsets[key] = self._end
+        self._end += len(line)
+        self._failed.discard(key)
+        self.done.add(key)
+        if time.monotonic() - self._synced > 1:
+            os.fsync(self._journal.fileno())
+            self._synced = time.monotonic()
+
+    def failed(self, failure: Failure) -> None:
+        """One line in failures.jsonl; the image counts as not done."""
+        line = json.dumps({"key": failure.image.key, "stage": failure.stage, "reason": failure.reason})
+        with open(self.output / "failures.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._failed.add(failure.image.key)
+
+    def finish(self, state: str) -> None:
+        """Write predictions.json, images.json and run.json from what is done. state: finished, interrupted or failed.
+
+        Images come in input order; those that only an earlier run on this folder was given follow, so nothing is lost.
+        """
+        os.fsync(self._journal.fileno())
+        names: dict[int, str] = {}
+        instances = 0
+        with (
+            open(self.output / "journal.jsonl", "rb") as journal,
+            _json_file(self.output / "predictions.json") as predictions,
+            _json_file(self.output / "images.json") as about,
+        ):
+            predictions.write("[")
+            about.write('{"images": [')
+            for position, (key, offset, id) in enumerate(self._in_order()):
+                journal.seek(offset)
+                line = json.loads(journal.readline())
+                height, width = line["size"]
+                entry = {"id": id, "file_name": key, "height": height, "width": width}
+                about.write((",\n" if position else "\n") + json.dumps(entry))
+                for found in line["instances"]:
+                    names[found["category_id"]] = found.pop("category")
+                    entry = {"image_id": id, "file_name": key, **found}
+                    predictions.write((",\n" if instances else "\n") + json.dumps(entry))
+                    instances += 1
+            predictions.write("\n]\n")
+            categories = [{"id": id, "name": name} for id, name in sorted(names.items())]
+            about.write(f'\n], "categories": {json.dumps(categories)}}}\n')
+        self._manifest(state, instances)
+        self._finished = True
+
+    def _in_order(self) -> Iterator[tuple[str, int, int]]:
+        """Key, journal position and a unique image id of everything that is done."""
+        taken: set[int] = set()
+        free = 1 + max((image.id for image in self.images), default=0)
+        for image in self.images:
+            id, free = (free, free + 1) if image.id in taken else (image.id, free)  # two sources may number alike
+            taken.add(id)
+            if image.key in self._offsets:
+                yield image.key, self._offsets[image.key], id
+        known = {image.key for image in self.images}
+        for id, key in enumerate((key for key in self._offsets if key not in known), free):
+            yield key, self._offsets[key], id
+
+    def _manifest(self, state: str, instances: int | None) -> None:
+        counts = {"images": len(self.images), "done": len(self._offsets), "failed": len(self._failed), "instances": instances}
+        text = {
+            "schema_version": 1,
+            "depthseg": __version__,
+            "state": state,
+            "started": self._started,
+            "finished": None if state == "running" else _now(),
+            "counts": counts,
+            "digest": self.plan.digest(),
+            "plan": self.plan.to_json(),
+            "extra": self.extra,
+        }
+        with _json_file(self.output / "run.json") as file:
+            file.write(json.dumps(text, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _json_file(path: Path) -> Iterator[IO[str]]:
+    with formats.atomic(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+def _bytes(image: Image) -> int | None:
+    """Size of the picture's file: tells whether another picture has taken its name. None without a file."""
+    try:
+        return os.stat(image.path).st_size if image.path else None
+    except OSError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

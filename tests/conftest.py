@@ -1,0 +1,56 @@
+"""Fixtures for all tests, and an environment in which no test touches the network, the user's caches or every core."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Read by torch, huggingface_hub, ultralytics and our catalog when they are first used, hence before any test imports them.
+_scratch = Path(tempfile.mkdtemp(prefix="depthseg-tests-"))
+atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    HF_HOME=str(_scratch / "huggingface"),
+    XDG_CACHE_HOME=str(_scratch / "cache"),
+    DEPTHSEG_WEIGHTS=str(_scratch / "weights"),
+    YOLO_OFFLINE="true",
+    YOLO_CONFIG_DIR=str(_scratch / "ultralytics"),
+    MPLCONFIGDIR=str(_scratch / "matplotlib"),
+)
+os.environ.pop("HF_HUB_CACHE", None)
+
+
+@pytest.fixture(autouse=True)
+def weights_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that takes the place of the user's cache of pulled weights, empty in every test."""
+    folder = tmp_path.parent / f"{tmp_path.name}-weights"
+    monkeypatch.setenv("DEPTHSEG_WEIGHTS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of three tiny photographs: a.png, b.jpg and sub/c.png, each with a bright rectangle on noise."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for seed, (name, h, w) in enumerate([("a.png", 48, 64), ("b.jpg", 64, 40), ("sub/c.png", 32, 32)]):
+        pixels = np.random.default_rng(seed).integers(0, 80, (h, w, 3), dtype=np.uint8)
+        pixels[h // 4 : h // 2, w // 4 : 3 * w // 4] = (220, 180, 60)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data and parity files beside the repository; tests that need it are skipped without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared beside the repository")
+    return folder

@@ -1,0 +1,272 @@
+"""The command line with a fake Segmenter: options reach the plan, streams and exit codes are what scripts rely on."""
+
+import io
+import json
+import os
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import typer.main
+
+from depthseg import __version__, cli, data, masks
+from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.plan import Plan
+from depthseg.schema import Masks, Record
+
+
+class FakeSegmenter:
+    """One mask in each image that can be read; keeps what it was built with."""
+
+    built: ClassVar[list] = []
+    trouble: ClassVar[list] = []  # raised, or sent as a signal, after the first image
+
+    def __init__(self, plan, pull=False, images_json=None):
+        self.plan, self.pull, self.images_json = plan, pull, images_json
+        self.notes, self.provenance, self.categories = ["detector: fake"], {"detector": "fake"}, {}
+        self.seen = []
+        FakeSegmenter.built.append(self)
+
+    def segment(self, images):
+        print("a library that prints")
+        for image in images:
+            self.seen.append(image.key)
+            try:
+                image = data.read(image)
+            except data.Unreadable as error:
+                yield data.Failure(image, "read", str(error))
+                continue
+            mask = np.zeros(image.size, bool)
+            mask[2:9, 3:12] = True
+            one = np.ones(1, np.float32)
+            box = np.array([[3, 2, 12, 9]], np.float32)
+            yield Record(image, Masks([masks.encode(mask)], box, np.array([63]), one, one, one, np.array([1]), {1: "thing"}))
+            for what in self.trouble:
+                if isinstance(what, int):
+                    os.kill(os.getpid(), what)
+                else:
+                    raise what
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    FakeSegmenter.built, FakeSegmenter.trouble = [], []
+    monkeypatch.setitem(sys.modules, "depthseg.segment", SimpleNamespace(Segmenter=FakeSegmenter))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return FakeSegmenter
+
+
+@pytest.fixture
+def run(capsys):
+    """Run main and give (exit code, stdout, stderr)."""
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return leaving.value.code, out, err
+
+    return call
+
+
+def options(verb):
+    return {p.name: p for p in typer.main.get_command(cli.app).commands[verb].params}
+
+
+def test_every_field_of_the_plan_is_an_option_with_the_plans_default():
+    given = options("segment")
+    assert {f.name: f.default for f in fields(Plan)} == {f.name: given[f.name].default for f in fields(Plan)}
+
+
+def test_options_reach_the_plan(run, fake, pictures, tmp_path):
+    words = """--model efficientvit-sam-l0-depth --weights w.pt --detector grid --boxes b.json --points p.json --depth none
+        --device cpu --precision bf16 --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --zoom --points-per-side 5
+        --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-region 4 --no-overlays --no-labelmaps --depth-panel
+        --instances --seed 8""".split()
+    code, _, err = run("segment", pictures, "-o", tmp_path / "out", "--pull", "--images-json", "i.json", *words)
+    assert code == 0, err
+    (built,) = fake.built
+    assert built.plan == Plan(
+        "efficientvit-sam-l0-depth", "w.pt", "grid", "b.json", "p.json", "none", "cpu", "bf16",
+        3, 7, 0.5, 9, True, 5, 0.1, 0.2, 0.3, 4, False, False, True, True, 8,
+    )  # fmt: skip
+    assert built.pull and built.images_json == Path("i.json")
+    assert all(getattr(built.plan, f.name) != f.default for f in fields(Plan)), "the test must change every option"
+
+
+def test_a_run_writes_results_and_prints_only_the_folder(run, pictures, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = run("segment", pictures, "-o", out)
+    assert (code, stdout) == (0, f"{out}\n")
+    assert "detector: fake" in stderr and "3 images, 3 masks" in stderr
+    assert [p["file_name"] for p in json.loads((out / "predictions.json").read_text())] == ["a.png", "b.jpg", "sub/c.png"]
+    code, _, stderr = run("segment", pictures, "-o", out)
+    assert code == 0 and "3 of 3 images are done already" in stderr
+
+
+def test_a_broken_image_is_listed_and_the_others_are_done(run, pictures, tmp_path):
+    (pictures / "broken.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    code, stdout, stderr = run("segment", pictures, "-o", out)
+    assert (code, stdout) == (3, f"{out}\n")
+    assert "failed: broken.jpg: " in stderr and "Traceback" not in stderr
+    assert len(json.loads((out / "predictions.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("trouble, expected", [(KeyboardInterrupt(), 130), (int(signal.SIGTERM), 143)])
+def test_stopped_and_started_again_it_goes_on(run, fake, pictures, tmp_path, trouble, expected):
+    out = tmp_path / "out"
+    before = signal.getsignal(signal.SIGTERM)
+    fake.trouble = [trouble]
+    code, stdout, stderr = run("segment", pictures, "-o", out)
+    assert (code, stdout) == (expected, "") and "run the same command again" in stderr
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert json.loads((out / "run.json").read_text())["state"] == "interrupted"
+    fake.trouble = []
+    code, _, stderr = run("segment", pictures, "-o", out)
+    assert code == 0 and fake.built[0].seen == ["a.png"]
+    assert len(json.loads((out / "predictions.json").read_text())) == 3
+    assert len(fake.built[1].seen) == 3 - int(stderr.partition(" of 3 images are done already")[0].splitlines()[-1])
+
+
+def test_a_list_on_stdin(run, fake, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{pictures / 'a.png'}\n{pictures / 'sub' / 'c.png'}\n"))
+    code, _, err = run("segment", "-", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert [Path(key).name for key in fake.built[0].seen] == ["a.png", "c.png"]
+
+
+def test_demo_needs_no_output(run, fake, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    code, stdout, err = run("segment", "--demo")
+    assert (code, stdout) == (0, "depthseg-demo\n"), err
+    assert "grace_hopper.jpg" in fake.built[0].seen and (tmp_path / "depthseg-demo" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "words, code, text",
+    [
+        ("segment", 2, "nothing to segment was named"),
+        ("segment {pictures}", 2, "no output folder was named"),
+        ("segment {pictures}/missing -o {tmp}/o", 2, "missing"),
+        ("segment {empty} -o {tmp}/o", 4, "no image"),
+        ("segment {pictures} -o {pictures}/o", 2, "inside the input"),
+        ("segment {pictures} -o {tmp}/o --model nanno", 2, "Did you mean nano"),
+        ("segment {pictures} -o {tmp}/o --detector yolov8", 2, "Did you mean yolov8"),
+        ("segment {pictures} -o {tmp}/o --depth depth-anything-v2-smal", 2, "Did you mean depth-anything-v2-small"),
+        ("segment {pictures} -o {tmp}/o --precision fp8", 2, "fp8"),
+        ("segment {pictures} -o {tmp}/o --batch 0", 2, "--batch"),
+        ("segment {pictures} -o {tmp}/o --zom", 2, "--zoom"),
+        ("segmet", 2, "segment"),
+        ("models nanno", 2, "Did you mean nano"),
+        ("eval --images x --annotations y --clicks one", 2, "--clicks one"),
+        ("train --stage 9 --data x -o y", 2, "9"),
+        ("train --stage 1 --data x -o y --steps 3 --epochs 2", 2, "--epochs"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_hint(run, fake, pictures, tmp_path, words, code, text):
+    (tmp_path / "empty").mkdir()
+    got, stdout, stderr = run(*words.format(pictures=pictures, tmp=tmp_path, empty=tmp_path / "empty").split())
+    assert (got, stdout) == (code, "") and text in stderr
+    lines = stderr.splitlines()
+    assert lines[0].startswith("error: ") and all(line.startswith("hint: ") for line in lines[1:]) and len(lines) <= 2
+    assert not fake.built and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "trouble, code, first",
+    [
+        (DepthsegError("no weights", "pull them", MISSING_PIECE), 5, "error: no weights"),
+        (OSError("disk\nfull"), 1, "unexpected error: OSError: disk full"),
+    ],
+)
+def test_errors_show_a_traceback_only_with_debug(run, fake, pictures, tmp_path, trouble, code, first):
+    fake.trouble = [trouble]
+    got, _, stderr = run("segment", pictures, "-o", tmp_path / "a")
+    assert got == code and first in stderr and "Traceback" not in stderr
+    got, _, stderr = run("segment", pictures, "-o", tmp_path / "b", "--debug")
+    assert got == code and first in stderr and "Traceback" in stderr
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
+    with cli._progress("images") as show:
+        show(1, 4)
+        show(4, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["1/4 images", "4/4 images"]
+    assert all("images/s" in line and line.endswith(" left") for line in lines) and "\x1b" not in "".join(lines)
+
+
+def test_eval_prints_a_table_and_writes_a_report(run, tmp_path, monkeypatch):
+    asked = {}
+
+    def evaluate(images, annotations, **given):
+        asked.update(given, images=images, annotations=annotations)
+        given["progress"](1, 1)
+        return {"protocol": "one box each", "miou": 66.0, "miou_small": None, "images": 80, "plan": {"seed": 0}}
+
+    monkeypatch.setitem(sys.modules, "depthseg.evaluate", SimpleNamespace(evaluate=evaluate))
+    words = "eval --images i --annotations a.json --prompt point --clicks 1,5 --zoom --subset 3 --model nano --depth none".split()
+    code, stdout, err = run(*words, "-o", tmp_path / "report")
+    assert code == 0, err
+    assert "miou " in stdout and "66.00" in stdout and "80" in stdout and "one box each" in stdout and "seed" not in stdout
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["miou"] == 66.0
+    assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.json"]
+    del asked["progress"]
+    plan = Plan(model="nano", depth="none", zoom=True)
+    assert asked == {
+        "images": Path("i"), "annotations": Path("a.json"), "prompt": "point", "clicks": (1, 5), "plan": plan, "subset": 3,
+    }  # fmt: skip
+
+
+def test_train_fills_a_train_plan(run, monkeypatch):
+    train = pytest.importorskip("depthseg.train")
+    asked = []
+
+    def fake(plan, resume, progress):
+        asked.append((plan, resume))
+        progress({"step": 20, "mask": 0.25})
+        return Path("o/weights.safetensors")
+
+    monkeypatch.setattr(train, "train", fake)
+    words = """train --stage 2 --data a --data b -o o --model nano-depth --init i --depth-maps d --epochs 2 --batch 4 --lr 1e-4
+        --seed 3 --resume --device cpu --precision bf16""".split()
+    code, stdout, stderr = run(*words)
+    assert (code, stdout) == (0, f"{Path('o/weights.safetensors')}\n"), stderr
+    assert "step 20  mask 0.25" in stderr
+    plan = train.TrainPlan(
+        stage="2", data=("a", "b"), output="o", model="nano-depth", init="i", depth_maps="d",
+        epochs=2, batch=4, lr=1e-4, seed=3, device="cpu", precision="bf16",
+    )  # fmt: skip
+    assert asked == [(plan, True)]
+
+
+def test_models_lists_every_row(run):
+    from depthseg.catalog import DEPTHS, DETECTORS, MODELS
+
+    code, stdout, err = run("models")
+    assert code == 0, err
+    words = stdout.split()
+    assert all(name in words for name in (*MODELS, *DEPTHS, *DETECTORS))
+    assert "AGPL-3.0" in words and "CC-BY-NC-4.0" in words and "--pull" in words
+
+
+def test_models_measures_what_is_named(run):
+    code, stdout, err = run("models", "efficientvit-sam-l2")
+    assert code == 0, err
+    assert all(text in stdout for text in ("61,328,592", "61.3 M", "68.55 G", "69 G"))
+
+
+def test_version_and_help(run):
+    assert run("--version")[:2] == (0, f"depthseg {__version__}\n")
+    for words in ([], ["-h"], ["segment", "-h"], ["eval", "--help"], ["train", "-h"], ["models", "-h"]):
+        code, stdout, stderr = run(*words)
+        assert code == 0 and stdout.lstrip().startswith("Usage: depthseg") and not stderr

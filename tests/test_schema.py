@@ -1,0 +1,120 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Boxes, Frame, Prompts
+
+OFFICIAL = json.loads((Path(__file__).parent / "data" / "geometry.json").read_text())  # answers of the official transforms
+SIZES = [(640, 427), (1, 1), (3, 700), (480, 640), (700, 3), (333, 500)]
+
+
+def logits(kind, s=256, seed=0):
+    """Low-resolution logits: noise around 0, or a few smooth blobs on a negative ground."""
+    g = np.random.default_rng(seed)
+    if kind == "noise":
+        return g.standard_normal((s, s)).astype(np.float32)
+    if kind == "negative":
+        return -1 - g.random((s, s)).astype(np.float32)
+    y, x = np.mgrid[:s, :s]
+    low = np.full((s, s), -4.0)
+    for _ in range(3):
+        cy, cx, r = g.integers(0, s), g.integers(0, s), g.integers(2, s // 4)
+        low += 8 * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * r**2))
+    return low.astype(np.float32)
+
+
+@pytest.mark.parametrize("case", OFFICIAL, ids=lambda c: f"{c['h']}x{c['w']}")
+def test_frame_equals_the_official_geometry(case):
+    size = case["h"], case["w"]
+    assert list(Frame(size, 512).inner) == case["size512"]
+    assert list(Frame(size, 1024).inner) == case["size1024"]
+    frame = Frame(size, 512)
+    assert list(frame.prompt_inner) == case["size1024"]
+    np.testing.assert_allclose(frame.to_prompt(np.array(case["points"])), case["points_1024"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["noise", "blobs"])
+def test_logits_equal_two_interpolations(size, kind):
+    low, frame = logits(kind), Frame(size, 512)
+    h, w = frame.prompt_inner
+    big = interpolate(torch.from_numpy(low)[None, None], (PROMPT_SIDE, PROMPT_SIDE), mode="bilinear", align_corners=False)
+    expected = interpolate(big[..., :h, :w], size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    ours = frame.logits(low)
+    assert ours.shape == size and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["noise", "blobs", "negative"])
+def test_mask_is_the_sign_of_the_logits(size, kind):
+    frame = Frame(size, 512)
+    for seed in range(6):
+        low = logits(kind, seed=seed)
+        mask = frame.mask(low)
+        assert mask.shape == size and mask.dtype == bool
+        assert np.array_equal(mask, frame.logits(low) > 0)
+
+
+def test_mask_finds_single_pixels_and_ignores_the_padding():
+    frame = Frame((480, 640), 512)
+    for at in ((0, 0), (100, 37), (191, 255)):
+        low = np.full((256, 256), -1, np.float32)
+        low[at] = 50
+        assert frame.mask(low).any() and np.array_equal(frame.mask(low), frame.logits(low) > 0)
+    low = np.full((256, 256), -1, np.float32)
+    low[200:] = 50  # below the image: it fills rows 0 to 191
+    assert not frame.mask(low).any()
+    assert frame.valid(256) == (192, 256)
+
+
+@pytest.mark.parametrize("size", [(30, 40), (64, 64), (9, 64), (50, 20)])
+def test_image_is_normalised_then_padded(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    frame = Frame(size, 64)
+    x, (h, w) = frame.image(pixels), frame.inner
+    assert x.shape == (3, 64, 64) and x.dtype == np.float32 and max(h, w) == 64
+    assert not x[:, h:].any() and not x[:, :, w:].any() and x[:, :h, :w].any(0).mean() > 0.99
+    if size == (h, w):
+        np.testing.assert_allclose(x[0, :h, :w], (pixels[..., 0] - 123.675) / 58.395, atol=1e-5)
+    grey = np.full(size, 0.5, np.float32)
+    np.testing.assert_allclose(frame.depth(grey)[1, :h, :w], (127.5 - 116.28) / 57.12, atol=1e-5)
+    np.testing.assert_allclose(frame.depth(grey[:7, :5])[:, :h, :w], frame.depth(grey)[:, :h, :w], atol=1e-5)  # any resolution
+
+
+def test_prompts_of_boxes_and_points():
+    boxes = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    points, signs = np.array([[[10, 20], [30, 40]], [[50, 60], [70, 80]]]), np.array([[1, 0], [1, 1]])
+
+    p = Prompts.of(boxes=boxes)
+    assert p.points.shape == (2, 2, 2) and p.points.dtype == np.float32 and p.points[1].tolist() == [[5, 6], [7, 8]]
+    assert p.labels.tolist() == [[CORNER_MIN, CORNER_MAX]] * 2 and p.labels.dtype == np.int64
+
+    p = Prompts.of(points=points, signs=signs)
+    assert p.points.shape == (2, 3, 2) and p.points[0].tolist() == [[10, 20], [30, 40], [0, 0]]
+    assert p.labels.tolist() == [[POSITIVE, NEGATIVE, PADDING], [POSITIVE, POSITIVE, PADDING]]
+
+    p = Prompts.of(points=points)
+    assert p.labels.tolist() == [[POSITIVE, POSITIVE, PADDING]] * 2
+
+    p = Prompts.of(boxes, points, signs)  # no padding token where there is a box
+    assert p.points.shape == (2, 4, 2) and p.points[0].tolist() == [[10, 20], [30, 40], [1, 2], [3, 4]]
+    assert p.labels.tolist() == [[1, 0, 2, 3], [1, 1, 2, 3]] and len(p) == 2
+
+    assert Prompts.of(boxes=boxes[:0]).points.shape == (0, 2, 2)
+    assert Prompts.of(points=points[:0], signs=signs[:0]).points.shape == (0, 3, 2)
+    assert ABSENT not in p.labels
+
+
+def test_arrays_that_do_not_match_are_refused():
+    with pytest.raises(ValueError):
+        Prompts(np.zeros((2, 3, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError):
+        Boxes(np.zeros((2, 4)), np.zeros(3), np.zeros(2))
+    assert len(Boxes.empty()) == 0
+    kept = Boxes(np.arange(12).reshape(3, 4), np.array([0.1, 0.2, 0.3]), np.array([7, 8, 9])).keep(np.array([2, 0]))
+    assert kept.label.tolist() == [9, 7] and kept.xyxy[0].tolist() == [8, 9, 10, 11]

@@ -1,0 +1,331 @@
+"""Segmenter with a network that answers with the bright part of the picture, so that no weights are needed."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from torch import nn
+
+from depthseg import catalog, masks
+from depthseg.data import Failure, find
+from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.models.depthseg import DepthSeg
+from depthseg.plan import Plan
+from depthseg.schema import CORNER_MIN, Boxes, Image, Prompts, Record
+from depthseg.segment import Segmenter, View
+
+
+class Bright(nn.Module):
+    """Features are the brightness at half the input; a mask is what is bright, inside the box if there is one."""
+
+    side, zoom_side, alpha, single_mask_for = 64, 64, None, "never"
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []  # what was asked for: ("encode", side, views) and ("decode", prompts, candidates)
+
+    def encode(self, rgb, depth=None):
+        self.calls.append(("encode", rgb.shape[-1], len(rgb)))
+        return (10 * nn.functional.avg_pool2d(rgb.mean(1, keepdim=True), 2),)
+
+    def decode(self, features, owner, points, labels, masks=None, multimask=True):
+        self.calls.append(("decode", len(owner), 3 if multimask else 1))
+        logits = features[0][owner]  # (P, 1, s, s)
+        at = (torch.arange(logits.shape[-1]) + 0.5) * 1024 / logits.shape[-1]
+        for p, (xy, label) in enumerate(zip(points, labels)):
+            if CORNER_MIN in label:
+                (x0, y0), (x1, y1) = xy[int((label == CORNER_MIN).nonzero()[0]) :][:2]
+                inside = ((at >= x0) & (at <= x1)) & ((at >= y0) & (at <= y1))[:, None]
+                logits[p] = torch.where(inside, logits[p], -10)
+        if not multimask:
+            return logits, torch.full((len(owner), 1), 0.9)
+        return torch.cat([-torch.ones_like(logits), logits, -torch.ones_like(logits)], 1), torch.tensor([[0.1, 0.9, 0.2]]).repeat(
+            len(owner), 1
+        )
+
+
+def rectangle(image: Image) -> np.ndarray:
+    """The bright rectangle of the fixture's pictures, xyxy."""
+    h, w = image.size
+    return np.array([w // 4, h // 4, 3 * w // 4, h // 2], np.float32)
+
+
+def truth(image: Image) -> dict:
+    x0, y0, x1, y1 = rectangle(image).astype(int)
+    mask = np.zeros(image.size, bool)
+    mask[y0:y1, x0:x1] = True
+    return masks.encode(mask)
+
+
+def around(images: list[Image]) -> list[Boxes]:
+    """Two boxes for each image: the rectangle's own, and, with the better score, its left half."""
+    whole = [rectangle(image) for image in images]
+    half = [b - np.array([0, 0, (b[2] - b[0]) / 2, 0], np.float32) for b in whole]
+    return [Boxes(np.stack([a, b]), np.array([0.4, 0.8], np.float32), np.array([3, 7]), {3: "box"}) for a, b in zip(whole, half)]
+
+
+def run(segmenter: Segmenter, images: list[Image]) -> list[Record]:
+    answers = list(segmenter.segment(images))
+    assert all(isinstance(a, Record) for a in answers), answers
+    return answers  # type: ignore[return-value]
+
+
+def test_boxes_from_a_file(pictures, tmp_path):
+    images = find([pictures])
+    entries = [{"file_name": "a.png", "category_id": 7, "bbox": [16, 12, 32, 12], "score": 0.9}]
+    entries += [{"file_name": "sub/c.png", "category_id": 9, "bbox": [8, 8, 16, 8], "score": 0.5}]
+    (tmp_path / "boxes.json").write_text(json.dumps(entries))
+    segmenter = Segmenter(Plan(boxes=str(tmp_path / "boxes.json")), network=Bright())
+    a, b, c = run(segmenter, images)
+    assert [r.image.key for r in (a, b, c)] == ["a.png", "b.jpg", "sub/c.png"]
+    assert len(b.masks) == 0 and len(a.masks) == len(c.masks) == 1
+    assert a.masks.score == pytest.approx([0.9]) and a.masks.label.tolist() == [7] and c.masks.label.tolist() == [9]
+    assert a.masks.predicted_iou == pytest.approx([0.9])
+    assert masks.iou(a.masks.rle, [truth(a.image)])[0, 0] > 0.9
+    assert np.abs(a.masks.box[0] - [16, 12, 48, 24]).max() <= 1 and a.masks.area[0] == masks.area(a.masks.rle)[0]
+    assert set(a.seconds) == {"read", "detect", "encode", "decode", "masks"} and min(a.seconds.values()) > 0
+    assert a.plan == segmenter.plan.digest()
+    assert segmenter.provenance["detector"]["name"] == "file" and segmenter.provenance["versions"]["torch"]
+
+
+def test_best_score_comes_first_with_its_own_label(pictures):
+    for record in run(Segmenter(Plan(), network=Bright(), source=around), find([pictures])):
+        assert record.masks.score == pytest.approx([0.8, 0.4]) and record.masks.label.tolist() == [7, 3]
+        assert record.masks.area[0] < record.masks.area[1] and record.masks.names == {3: "box"}
+
+
+@pytest.mark.parametrize("zoom", [False, True])
+def test_batched_equals_one_by_one(pictures, zoom):
+    together = run(Segmenter(Plan(batch=3, prompt_batch=4, zoom=zoom), network=Bright(), source=around), find([pictures]))
+    alone = run(Segmenter(Plan(batch=1, prompt_batch=1, zoom=zoom), network=Bright(), source=around), find([pictures]))
+    for a, b in zip(together, alone, strict=True):
+        assert a.image.key == b.image.key and a.masks.rle == b.masks.rle and len(a.masks) == 2
+        assert np.allclose(a.masks.stability, b.masks.stability)
+
+
+def test_batched_equals_one_by_one_in_a_real_network(pictures):
+    """Prompts of different lengths in one call: the filling must not be seen."""
+    torch.manual_seed(0)
+    network = DepthSeg("nano", depth=False).eval()
+    network.side = 64
+
+    def source(images):
+        kinds = [Prompts.of(boxes=[[4, 4, 20, 20]]), Prompts.of(points=[[[9, 9], [3, 20], [5, 5]]], signs=[[1, 0, 1]])]
+        return [kinds[image.size[0] % 3 == 0] for image in images]
+
+    def answers(plan):
+        segmenter = Segmenter(plan, network=network, source=source)
+        views = [View(np.asarray(PILImage.open(i.path).convert("RGB")), None, i.size) for i in images]
+        encoded = segmenter.encode(views, 64)
+        return segmenter.decode(encoded, source(images))
+
+    images = [Image(i.key, i.id, i.path, PILImage.open(i.path).size[::-1]) for i in find([pictures])]
+    for a, b in zip(answers(Plan(prompt_batch=16)), answers(Plan(prompt_batch=1)), strict=True):
+        assert len(a) == len(b) == 1
+        assert a[0].predicted_iou == pytest.approx(b[0].predicted_iou, abs=1e-5)
+        assert a[0].stability == pytest.approx(b[0].stability, abs=0.01)
+
+
+def test_what_is_wrong_with_one_image_ends_that_image_only(pictures):
+    (pictures / "aa.png").write_bytes(b"not a picture")
+    images = find([pictures])
+
+    def source(images):
+        if any(image.key == "b.jpg" for image in images):
+            raise DepthsegError("no boxes for b.jpg", "Look again.")
+        return around(images)
+
+    def depth(images):
+        if any(image.key.startswith("sub") for image in images):
+            raise DepthsegError("a depth map of another shape")
+        return [np.ones(image.size, np.float32) for image in images]
+
+    for batch in (1, 2, 4):
+        a, aa, b, c = Segmenter(Plan(batch=batch), network=Bright(), source=source, depth=depth).segment(images)
+        assert isinstance(a, Record) and len(a.masks) == 2 and a.depth is not None
+        assert isinstance(aa, Failure) and aa.stage == "read" and aa.image.key == "aa.png"
+        assert isinstance(b, Failure) and (b.stage, b.reason) == ("detect", "no boxes for b.jpg")
+        assert isinstance(c, Failure) and (c.stage, c.reason) == ("depth", "a depth map of another shape")
+
+
+def test_a_programming_error_is_raised(pictures):
+    with pytest.raises(ZeroDivisionError):
+        list(Segmenter(Plan(), network=Bright(), source=lambda images: [1 / 0]).segment(find([pictures])))
+
+
+def test_zoom_pastes_at_the_right_place_and_skips_the_whole_image(tmp_path):
+    pixels = np.zeros((200, 300, 3), np.uint8)
+    pixels[150:173, 260:291] = 255
+    PILImage.fromarray(pixels).save(tmp_path / "a.png")
+    exact = masks.encode(pixels[..., 0] > 0)
+    box = Boxes(np.array([[260, 150, 291, 173]], np.float32), np.ones(1, np.float32), np.ones(1, np.int64))
+    iou = {}
+    for zoom in (False, True):
+        network = Bright()
+        (record,) = run(Segmenter(Plan(zoom=zoom), network=network, source=lambda images: [box]), find([tmp_path]))
+        iou[zoom] = masks.iou(record.masks.rle, [exact])[0, 0]
+        assert [call[0] for call in network.calls] == ["encode", "decode"]
+    assert iou[True] > 0.85 and iou[True] > iou[False] + 0.05 > 0.5, iou
+
+
+def test_zoom_leaves_points_to_the_whole_image(pictures):
+    network = Bright()
+    network.zoom_side = 32
+    mixed = {"a.png": Prompts.of(boxes=[[16, 12, 48, 24], [16, 12, 32, 24]]), "b.jpg": Prompts.of(points=[[[20, 20]]])}
+    source = lambda images: [mixed.get(image.key, Prompts.of(boxes=np.zeros((0, 4)))) for image in images]  # noqa: E731
+    a, b, c = run(Segmenter(Plan(zoom=True), network=network, source=source), find([pictures]))
+    assert [len(r.masks) for r in (a, b, c)] == [2, 1, 0]
+    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)]
+    assert masks.iou(b.masks.rle, [truth(b.image)])[0, 0] > 0.8
+
+
+def test_a_crop_is_twice_the_box_and_stays_in_the_picture():
+    ramp = np.tile(np.arange(50, dtype=np.float32), (40, 1)) / 50  # half the picture's resolution
+    view = View(np.zeros((80, 100, 3), np.uint8), ramp, (80, 100))
+    middle = view.crop(np.array([40, 30, 60, 46], np.float32))
+    assert middle.pixels.shape[:2] == (40, 40) and middle.corner == (30, 18)
+    assert middle.depth.shape == (40, 40) and np.allclose(middle.depth.mean(0), (np.arange(30, 70) / 2 - 0.25) / 50, atol=1e-2)
+    assert view.crop(np.array([50, 40, 52, 42], np.float32)).pixels.shape[:2] == (32, 32)
+    corner = view.crop(np.array([90, 70, 100, 80], np.float32))
+    assert corner.pixels.shape[:2] == (21, 21) and corner.corner == (79, 59)
+    outside = view.crop(np.array([150, 90, 170, 95], np.float32))
+    assert min(outside.pixels.shape[:2]) >= 16
+    mask = corner.paste(np.ones((21, 21), bool))
+    assert mask.shape == (80, 100) and mask.sum() == 21 * 21 and mask[59:, 79:].all()
+
+
+def test_grid_gives_each_thing_once(pictures):
+    plan = Plan(detector="grid", points_per_side=4, min_stability=0.5, min_region=4)
+    for record in run(Segmenter(plan, network=Bright()), find([pictures])):
+        assert len(record.masks) == 1 and masks.iou(record.masks.rle, [truth(record.image)])[0, 0] > 0.7
+        assert record.masks.names == {1: "object"} and record.masks.score == pytest.approx([0.9])
+
+
+@pytest.mark.parametrize("limit", [{"min_predicted_iou": 0.95}, {"min_stability": 1.1}])
+def test_grid_drops_what_is_not_sure(pictures, limit):
+    for record in run(Segmenter(Plan(detector="grid", points_per_side=2, **limit), network=Bright()), find([pictures])):
+        assert len(record.masks) == 0
+
+
+def test_empty_masks_are_dropped(tmp_path):
+    PILImage.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "black.png")
+    (record,) = run(Segmenter(Plan(), network=Bright(), source=around), find([tmp_path]))
+    assert len(record.masks) == 0 and record.masks.box.shape == (0, 4)
+
+
+def test_clear_prompts_get_one_candidate_where_the_network_says_so(pictures):
+    asked = [
+        (Prompts.of(boxes=[[1, 1, 9, 9]]), 1),
+        (Prompts.of(points=[[[1, 1], [9, 9]]]), 3),
+        (Prompts.of(points=[[[1, 1], [9, 9], [5, 5]]]), 1),
+    ]
+    for rule in ("unambiguous", "never"):
+        for prompt, candidates in asked:
+            network = Bright()
+            network.single_mask_for = rule
+            run(Segmenter(Plan(), network=network, source=lambda images, p=prompt: [p for _ in images]), find([pictures]))
+            assert network.calls[-1] == ("decode", 3, candidates if rule == "unambiguous" else 3)
+
+
+def test_half_precision_changes_little(pictures):
+    images = find([pictures])
+    fine, coarse = (run(Segmenter(Plan(precision=p), network=Bright(), source=around), images) for p in ("fp32", "bf16"))
+    for a, b in zip(fine, coarse):
+        assert masks.iou(a.masks.rle, b.masks.rle).diagonal().min() > 0.95
+
+
+def test_auto_takes_yolo_when_its_weights_are_here(monkeypatch, weights_cache):
+    monkeypatch.setattr(catalog, "resolve", lambda row: lambda path, *rest: path.name)
+    monkeypatch.setattr(catalog, "embedded", lambda: weights_cache)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    (weights_cache / "nano").mkdir(parents=True)
+    (weights_cache / "nano" / "nano-boxes.safetensors").write_bytes(b"nano")
+    segmenter = Segmenter(Plan(), network=Bright())
+    assert segmenter.source == "nano-boxes.safetensors" and segmenter.detector == "nano"
+    assert any("--pull" in note for note in segmenter.notes) and any("research only" in note for note in segmenter.notes)
+    (weights_cache / "yolov8l.pt").write_bytes(b"l")
+    assert Segmenter(Plan(), network=Bright()).source == "yolov8l.pt"
+    (weights_cache / "yolov8m.pt").write_bytes(b"m")
+    segmenter = Segmenter(Plan(), network=Bright())
+    assert segmenter.source == "yolov8m.pt" and len(segmenter.provenance["detector"]["sha256"]) == 64
+    assert any("AGPL-3.0" in note for note in segmenter.notes)
+    assert Segmenter(Plan(detector="nano"), network=Bright()).source == "nano-boxes.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "word"),
+    [
+        (Plan(model="efficientvit-sam-l0"), MISSING_PIECE, "efficientvit_sam_l0.pt"),
+        (Plan(model="nono"), 2, "nono"),
+        (Plan(device="banana"), 2, "banana"),
+        (Plan(device="cuda:99"), MISSING_PIECE, "cuda:99"),
+        (Plan(precision="fp8"), 2, "fp8"),
+    ],
+)
+def test_what_a_user_can_get_wrong(plan, code, word):
+    with pytest.raises(DepthsegError, match=word) as error:
+        Segmenter(plan)
+    assert error.value.code == code and error.value.hint
+
+
+def test_depth_is_refused_where_the_model_has_none():
+    for depth in ("auto", "none"):
+        assert Segmenter(Plan(model="nano", depth=depth, detector="grid"), network=Bright()).depth is None
+    with pytest.raises(DepthsegError, match="does not use depth") as error:
+        Segmenter(Plan(model="nano", depth="nano", detector="grid"), network=Bright())
+    assert "nano-depth" in error.value.hint
+
+
+def test_depth_from_a_folder_reaches_the_network(pictures, tmp_path):
+    network = Bright()
+    network.alpha = torch.zeros(())
+    network.encode = lambda rgb, depth=None: Bright.encode(network, depth)
+    for image, record in zip(find([pictures]), range(3)):
+        size = PILImage.open(image.path).size[::-1]
+        near = np.zeros(size, np.uint16)
+        near[size[0] // 4 : size[0] // 2, size[1] // 4 : 3 * size[1] // 4] = 65535 - record
+        path = (tmp_path / "maps" / image.key).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(near).save(path)
+    segmenter = Segmenter(Plan(depth=str(tmp_path / "maps")), network=network, source=around)
+    for record in run(segmenter, find([pictures])):
+        assert record.depth is not None and 0 <= record.depth.min() < record.depth.max() <= 1
+        assert len(record.masks) == 2 and masks.iou(record.masks.rle[1:], [truth(record.image)])[0, 0] > 0.7
+
+
+def test_the_stream_may_be_left_early(pictures):
+    before = threading.active_count()
+    answers = Segmenter(Plan(batch=1), network=Bright(), source=around).segment(find([pictures]))
+    assert isinstance(next(answers), Record)
+    answers.close()
+    assert threading.active_count() == before
+
+
+def test_clicks_from_a_file_keep_their_category(pictures, tmp_path):
+    entries = [
+        {"file_name": "a.png", "points": [[30, 18]], "category_id": 5},
+        {"file_name": "a.png", "box": [16, 12, 16, 12], "points": [[20, 18]], "category_id": 6},
+    ]
+    (tmp_path / "points.json").write_text(json.dumps(entries))
+    a, b, c = run(Segmenter(Plan(points=str(tmp_path / "points.json")), network=Bright()), find([pictures]))
+    assert len(b.masks) == len(c.masks) == 0 and sorted(a.masks.label.tolist()) == [5, 6]
+    both = dict(zip(a.masks.label.tolist(), a.masks.area.tolist()))
+    assert both[5] > 1.5 * both[6] > 0
+
+
+def test_the_depth_cache_keeps_weights_and_precisions_apart(monkeypatch, weights_cache):
+    weight = weights_cache / "nano" / "nano-depth-estimator.safetensors"
+    weight.parent.mkdir(parents=True)
+    monkeypatch.setattr(catalog, "embedded", lambda: weights_cache)
+    monkeypatch.setattr(catalog, "resolve", lambda row: lambda *args: None)
+    network, names = Bright(), set()
+    network.alpha = torch.zeros(())
+    for content, precision in ((b"old", "fp32"), (b"new", "fp32"), (b"new", "bf16")):
+        weight.write_bytes(content)
+        segmenter = Segmenter(Plan(detector="grid", precision=precision), network=network)
+        names.add(segmenter.depth.name)
+        assert any("depth: nano (embedded)" in note for note in segmenter.notes)
+    assert len(names) == 3
