@@ -41,9 +41,7 @@ def _models() -> dict[str, Row]:
     for v in ("l0", "l1", "l2", "xl0", "xl1"):
         size = 1024 if v.startswith("xl") else 512
         file = f"efficientvit_sam_{v}.pt"
-        rows[f"efficientvit-sam-{v}"] = Row(
-            build, {"variant": v, "depth": False}, file, hub=_OFFICIAL, input=size, licence="Apache-2.0"
-        )
+        rows[f"efficientvit-sam-{v}"] = Row(build, {"variant": v, "depth": False}, file, hub=_OFFICIAL, input=size, licence="Apache-2.0")
         rows[f"efficientvit-sam-{v}-depth"] = Row(
             build,
             {"variant": v, "depth": True},
@@ -78,7 +76,7 @@ def _depths() -> dict[str, Row]:
 def _detectors() -> dict[str, Row]:
     rows = {
         "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=384, licence=_NANO),
-        "grid": Row("depthseg.detect:Grid", note="everything mode: a grid of points, no boxes"),
+        "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes"),
     }
     for size in "nsmlx":
         rows[f"yolov8{size}"] = Row(

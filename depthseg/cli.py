@@ -50,9 +50,7 @@ ModelName = Annotated[
         metavar="NAME",
     ),
 ]
-Weights = Annotated[
-    str | None, typer.Option(help="A checkpoint instead of the model's own.", rich_help_panel=MODEL, metavar="PATH")
-]
+Weights = Annotated[str | None, typer.Option(help="A checkpoint instead of the model's own.", rich_help_panel=MODEL, metavar="PATH")]
 DepthName = Annotated[
     str,
     typer.Option(
@@ -63,11 +61,21 @@ DepthName = Annotated[
         metavar="NAME|PATH",
     ),
 ]
+DetectorName = Annotated[
+    str,
+    typer.Option(
+        help=f"Where boxes come from: auto (YOLOv8 when its weights are here, else nano), {', '.join(catalog.DETECTORS)}.",
+        rich_help_panel=PROMPTS,
+        autocompletion=lambda: ["auto", *catalog.DETECTORS],
+        metavar="NAME",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=MODEL)]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="auto is fp32 on the CPU, bf16 or fp16 on CUDA.", rich_help_panel=MODEL),
 ]
+Confidence = Annotated[float, typer.Option(min=0, max=1, help="Drop boxes under this detector score.", rich_help_panel=PROMPTS)]
 Zoom = Annotated[
     bool,
     typer.Option(help="Decode every box on a crop of its own: slower, better on small objects.", rich_help_panel=PROMPTS),
@@ -102,15 +110,7 @@ def segment(
     demo: Annotated[
         bool, typer.Option("--demo", help="Segment the photographs that installed packages carry.", rich_help_panel=INPUT)
     ] = False,
-    detector: Annotated[
-        str,
-        typer.Option(
-            help=f"Where boxes come from: auto (YOLOv8 when its weights are here, else nano), {', '.join(catalog.DETECTORS)}.",
-            rich_help_panel=PROMPTS,
-            autocompletion=lambda: ["auto", *catalog.DETECTORS],
-            metavar="NAME",
-        ),
-    ] = Plan.detector,
+    detector: DetectorName = Plan.detector,
     boxes: Annotated[
         str | None,
         typer.Option(help="COCO detection results (JSON) instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE"),
@@ -123,12 +123,8 @@ def segment(
         str | None,
         typer.Option(help="Clicks from a file instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE"),
     ] = Plan.points,
-    confidence: Annotated[
-        float, typer.Option(min=0, max=1, help="Drop boxes under this detector score.", rich_help_panel=PROMPTS)
-    ] = Plan.confidence,
-    max_boxes: Annotated[
-        int, typer.Option(min=1, help="Boxes of one image, best first.", rich_help_panel=PROMPTS)
-    ] = Plan.max_boxes,
+    confidence: Confidence = Plan.confidence,
+    max_boxes: Annotated[int, typer.Option(min=1, help="Boxes of one image, best first.", rich_help_panel=PROMPTS)] = Plan.max_boxes,
     points_per_side: Annotated[
         int, typer.Option(min=1, help="grid: points along each side.", rich_help_panel=PROMPTS)
     ] = Plan.points_per_side,
@@ -140,9 +136,7 @@ def segment(
     ] = Plan.min_stability,
     nms: Annotated[
         float,
-        typer.Option(
-            min=0, max=1, help="grid, nano: drop masks that overlap a better one by more (IoU).", rich_help_panel=PROMPTS
-        ),
+        typer.Option(min=0, max=1, help="grid, nano: drop masks that overlap a better one by more (IoU).", rich_help_panel=PROMPTS),
     ] = Plan.nms,
     min_region: Annotated[
         int, typer.Option(min=0, help="grid: fill holes and drop islands smaller than this, in pixels.", rich_help_panel=PROMPTS)
@@ -170,15 +164,11 @@ def segment(
         ),
     ] = None,
     overlays: Annotated[bool, typer.Option(help="Pictures with the masks drawn.", rich_help_panel=OUTPUT)] = Plan.overlays,
-    labelmaps: Annotated[
-        bool, typer.Option(help="16-bit PNG with the number of the instance.", rich_help_panel=OUTPUT)
-    ] = Plan.labelmaps,
+    labelmaps: Annotated[bool, typer.Option(help="16-bit PNG with the number of the instance.", rich_help_panel=OUTPUT)] = Plan.labelmaps,
     depth_panel: Annotated[
         bool, typer.Option("--depth-panel", help="Draw the depth map beside the overlay.", rich_help_panel=OUTPUT)
     ] = Plan.depth_panel,
-    instances: Annotated[
-        bool, typer.Option("--instances", help="One PNG for each instance.", rich_help_panel=OUTPUT)
-    ] = Plan.instances,
+    instances: Annotated[bool, typer.Option("--instances", help="One PNG for each instance.", rich_help_panel=OUTPUT)] = Plan.instances,
     pull: Annotated[
         bool, typer.Option("--pull", help="Fetch missing weights first; a run uses no network otherwise.", rich_help_panel=RUN)
     ] = False,
@@ -200,9 +190,7 @@ def segment(
     plan = Plan(**{f.name: values[f.name] for f in fields(Plan)})
     _check_names(plan)
     if not paths and not demo:
-        raise DepthsegError(
-            "nothing to segment was named", "Give images or folders, or --demo for photographs that are here already."
-        )
+        raise DepthsegError("nothing to segment was named", "Give images or folders, or --demo for photographs that are here already.")
     if output is None and not demo:
         raise DepthsegError("no output folder was named", "Add -o OUT.")
     out = output or Path("depthseg-demo")
@@ -236,6 +224,7 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
             _say(f"{len(images) - len(todo)} of {len(images)} images are done already")
         start = time.monotonic()
         with _progress("images") as show:
+            show(0, len(todo))
             for done, answer in enumerate(segmenter.segment(todo), 1):
                 if isinstance(answer, data.Failure):
                     failed += 1
@@ -257,15 +246,20 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
 @app.command("eval")
 def evaluate(
     images: Annotated[Path, typer.Option(help="Folder of the images.", rich_help_panel=INPUT, metavar="DIR")],
-    annotations: Annotated[Path, typer.Option(help="COCO annotations (JSON).", rich_help_panel=INPUT, metavar="FILE")],
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotations (JSON); not for depth.", rich_help_panel=INPUT, metavar="FILE")
+    ] = None,
     prompt: Annotated[
-        Literal["box", "point", "offline"],
-        typer.Option(help="Ground-truth boxes, clicks on the mask, or the embedded detector.", rich_help_panel=PROMPTS),
+        Literal["box", "point", "offline", "depth"],
+        typer.Option(
+            help="Ground-truth boxes, clicks on the mask, the detector or grid; depth scores the depth estimator alone.",
+            rich_help_panel=PROMPTS,
+        ),
     ] = "box",
     clicks: Annotated[str, typer.Option(help="point: score after so many clicks.", rich_help_panel=PROMPTS)] = "1,3,5",
-    subset: Annotated[
-        int | None, typer.Option(min=1, help="Score only the first N images.", rich_help_panel=INPUT, metavar="N")
-    ] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="Score only the first N images.", rich_help_panel=INPUT, metavar="N")] = None,
+    detector: DetectorName = Plan.detector,
+    confidence: Confidence = Plan.confidence,
     depth: DepthName = Plan.depth,
     model: ModelName = Plan.model,
     weights: Weights = Plan.weights,
@@ -282,7 +276,7 @@ def evaluate(
     [bold]depthseg eval --images val/ --annotations instances_val.json[/bold]\n
     [bold]depthseg eval --images val/ --annotations instances_val.json --prompt point --clicks 1,3,5 -o report[/bold]
     """
-    plan = Plan(model=model, weights=weights, depth=depth, zoom=zoom, device=device, batch=batch)
+    plan = Plan(model=model, weights=weights, depth=depth, zoom=zoom, device=device, batch=batch, detector=detector, confidence=confidence)
     _check_names(plan)
     try:
         counts = tuple(int(n) for n in clicks.split(","))
@@ -292,44 +286,92 @@ def evaluate(
         from depthseg.evaluate import evaluate as score
 
         with _progress("images") as show:
-            report = score(images, annotations, prompt=prompt, clicks=counts, plan=plan, subset=subset, progress=show)
+            if prompt == "depth":
+                from depthseg.evaluate import evaluate_depth
+                from depthseg.segment import depth_estimator, depth_name, device_of, precision_of
+
+                where = device_of(device)
+                estimator, _ = depth_estimator(depth_name(depth, pull=False), where, precision_of("auto", where), pull=False)
+                report = evaluate_depth(images, estimator, progress=show)
+            elif annotations is None:
+                raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
+            else:
+                report = score(images, annotations, prompt=prompt, clicks=counts, plan=plan, subset=subset, progress=show)
     if output:
         _write_json(output / "report.json", report)
     _table(["score", "value"], [[k, _number(v)] for k, v in report.items() if not isinstance(v, dict | str)])
     typer.echo(report["protocol"])
 
 
+@app.command("depth")
+def depth_maps(
+    paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the maps.", rich_help_panel=OUTPUT, metavar="DIR")],
+    depth: DepthName = Plan.depth,
+    device: Device = Plan.device,
+    precision: Precision = Plan.precision,  # type: ignore[assignment]
+    batch: Batch = Plan.batch,
+    pull: Annotated[bool, typer.Option("--pull", help="Fetch missing weights first.", rich_help_panel=RUN)] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a depth map of every image: 16-bit PNG, near is bright, named like the image.
+
+    [bold]depthseg depth sa1b/ -o maps[/bold]   then   [bold]depthseg train --depth-maps maps[/bold] or [bold]segment --depth maps[/bold]
+    """
+    plan = Plan(depth=depth, device=device, precision=precision, batch=batch)
+    _check_names(plan)
+    with contextlib.redirect_stdout(sys.stderr), _interruptible(f"stopped; the maps in {output} are whole"):
+        from depthseg import data, sink
+
+        sink.check_output(output, paths)
+        images = data.find(paths, exclude=output)
+        from depthseg.depth import write_maps
+        from depthseg.segment import depth_estimator, depth_name, device_of, precision_of
+
+        where = device_of(device)
+        estimator, _ = depth_estimator(depth_name(depth, pull), where, precision_of(precision, where), pull)
+        with _progress("maps") as show:
+            failed = write_maps(images, estimator, output, batch, show)
+        for failure in failed[:FAILURES_SHOWN]:
+            _say(f"failed: {failure.image.key}: {failure.reason}")
+    typer.echo(output)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
 @app.command()
 def train(
     stage: Annotated[
         Literal["0", "1", "2", "depth", "boxes"],
-        typer.Option(
-            help="0 the RGB model, 1 the depth encoder alone, 2 end to end; depth, boxes: nano's estimator and detector."
-        ),
+        typer.Option(help="0 the RGB model, 1 the depth encoder alone, 2 end to end; depth, boxes: nano's estimator and detector."),
     ],
-    data: Annotated[
-        list[Path], typer.Option(help="SA-1B layout, folder or tars; repeatable.", rich_help_panel=INPUT, metavar="ROOT")
-    ],
+    data: Annotated[list[Path], typer.Option(help="SA-1B layout, folder or tars; repeatable.", rich_help_panel=INPUT, metavar="ROOT")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of checkpoints and curves.", rich_help_panel=OUTPUT)],
     model: ModelName = Plan.model,
     init: Annotated[str | None, typer.Option(help="Start from these weights.", rich_help_panel=MODEL, metavar="FILE")] = None,
     depth_maps: Annotated[
         str | None, typer.Option(help="Folder of depth maps of the images.", rich_help_panel=DEPTH, metavar="DIR")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Length in steps, instead of the stage's own.", rich_help_panel=RUN)
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(min=0, help="Length in epochs, instead of the stage's own.", rich_help_panel=RUN)
+    steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, instead of the stage's own.", rich_help_panel=RUN)] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Length in epochs, instead of the stage's own.", rich_help_panel=RUN)] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Length by the clock; the schedule follows it, so runs differ.", rich_help_panel=RUN),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in one step, over all processes.", rich_help_panel=RUN)] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Peak learning rate, instead of the stage's own.", rich_help_panel=RUN)
+    masks: Annotated[int | None, typer.Option(min=1, help="Masks of one image in one step.", rich_help_panel=RUN)] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PART=WEIGHT: how often images are drawn whose source (in manifest.csv) contains PART; repeatable.",
+            rich_help_panel=INPUT,
+            metavar="PART=WEIGHT",
+        ),
     ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples ahead.", rich_help_panel=RUN)] = 1,
+    lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate, instead of the stage's own.", rich_help_panel=RUN)] = None,
     seed: Annotated[int, typer.Option(rich_help_panel=RUN)] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.", rich_help_panel=RUN)
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.", rich_help_panel=RUN)] = False,
     device: Device = Plan.device,
     precision: Precision = Plan.precision,  # type: ignore[assignment]
     debug: Debug = False,
@@ -341,8 +383,12 @@ def train(
     [bold]torchrun --nproc-per-node 8 -m depthseg train ...[/bold]   several processes
     """
     catalog.row(catalog.MODELS, model, "model")
-    if steps and epochs:
-        raise DepthsegError("--steps and --epochs are both given", "Give one of them.")
+    if sum(v is not None for v in (steps, epochs, minutes)) > 1:
+        raise DepthsegError("more than one of --steps, --epochs and --minutes is given", "Give one of them.")
+    try:
+        shares = {part: float(weight) for part, _, weight in (m.rpartition("=") for m in mix or [])}
+    except ValueError:
+        raise DepthsegError(f"--mix {' '.join(mix or [])} is not of the form PART=WEIGHT", "Write it like --mix coco=3.") from None
     again = "stopped; run the same command with --resume to go on from the newest checkpoint"
     with contextlib.redirect_stdout(sys.stderr), _interruptible(again):
         from depthseg.train import TrainPlan
@@ -357,7 +403,11 @@ def train(
             depth_maps=depth_maps,
             steps=steps,
             epochs=epochs,
+            minutes=minutes,
             batch=batch,
+            masks=masks,
+            mix=shares,
+            workers=workers,
             lr=lr,
             seed=seed,
             device=device,
@@ -369,12 +419,8 @@ def train(
 
 @app.command()
 def models(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Measure these; without a name all are listed.", show_default=False)
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Count parameters and multiply-adds of every segmentation model.")
-    ] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Measure these; without a name all are listed.", show_default=False)] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Count parameters and multiply-adds of every segmentation model.")] = False,
     debug: Debug = False,
 ) -> None:
     """List what can be chosen: models, depth estimators, detectors, their terms and whether their weights are here.
@@ -463,7 +509,7 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 
         def line(done: int, total: int) -> None:
             nonlocal last
-            if (now := time.monotonic()) - last >= LINE_EVERY:
+            if (now := time.monotonic()) - last >= LINE_EVERY and done:
                 last, speed = now, done / (now - start)
                 _say(f"{done}/{total} {unit}, {speed:.2f} {unit}/s, {_duration((total - done) / max(speed, 1e-9))} left")
 
@@ -474,7 +520,8 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         task = bar.add_task(unit, total=None, speed="")
 
         def move(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, speed=f"{done / (time.monotonic() - start):.2f}/s")
+            seconds = max(time.monotonic() - start, 1e-9)
+            bar.update(task, completed=done, total=total, speed=f"{done / seconds:.2f}/s" if done else "")
 
         yield move
 

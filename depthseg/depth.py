@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +18,9 @@ import numpy as np
 from PIL import Image as PILImage
 from scipy.ndimage import distance_transform_edt
 
+from depthseg.data import Failure, read_ahead
 from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.formats import atomic
 from depthseg.schema import Array, Depth, Frame, Image
 
 SPIKES = 0.001  # share of the pixels that is clipped at either end
@@ -93,9 +97,12 @@ class DepthAnything:
         folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else _cached(str(repo_or_folder))
         if folder is None or not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
             raise DepthsegError(f"the weights of {repo_or_folder} are not on this machine", f"Ways out: {_WAYS}.", MISSING_PIECE)
-        config = json.loads((folder / "config.json").read_bytes())
-        if config.get("model_type") != "depth_anything":
-            raise DepthsegError(f"{repo_or_folder} is a model of type {config.get('model_type')}, not depth_anything", "")
+        try:
+            found = json.loads((folder / "config.json").read_bytes())["model_type"]
+        except (ValueError, TypeError, KeyError) as e:
+            raise DepthsegError(f"{folder / 'config.json'} is not the config of a model", "Fetch it again with --pull.") from e
+        if found != "depth_anything":
+            raise DepthsegError(f"{repo_or_folder} is a model of type {found}, not depth_anything", "See `depthseg models`.")
         import torch
         from transformers import DepthAnythingForDepthEstimation
         from transformers.utils import logging
@@ -109,13 +116,9 @@ class DepthAnything:
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
             )
         except Exception as e:  # a cut-off file, or tensors of other shapes
-            raise DepthsegError(
-                f"{repo_or_folder} cannot be loaded ({str(e).strip()[:120]})", "Fetch it again with --pull."
-            ) from e
+            raise DepthsegError(f"{repo_or_folder} cannot be loaded ({str(e).strip()[:120]})", "Fetch it again with --pull.") from e
         if info["missing_keys"]:
-            raise DepthsegError(
-                f"{repo_or_folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}", "Fetch it again."
-            )
+            raise DepthsegError(f"{repo_or_folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}", "Fetch it again.")
         self._network = network.to(self.device).eval()
         self._metric = network.config.depth_estimation_type == "metric"
 
@@ -161,9 +164,7 @@ class NanoDepth:
 
     def __init__(self, path: str | Path, device: Any = "cpu", precision: str = "fp32"):
         if not Path(path).is_file():
-            raise DepthsegError(
-                f"the weights of the nano depth estimator are not at {path}", f"Ways out: {_WAYS}.", MISSING_PIECE
-            )
+            raise DepthsegError(f"the weights of the nano depth estimator are not at {path}", f"Ways out: {_WAYS}.", MISSING_PIECE)
         import torch
 
         from depthseg.models.depthnet import DepthNet
@@ -215,9 +216,7 @@ class DepthFolder:
             try:
                 kind = json.loads(note.read_bytes())["kind"]
             except (ValueError, TypeError, KeyError) as e:
-                raise DepthsegError(
-                    f'{note} does not say {{"kind": "metric"}} or {{"kind": "inverse"}}', "Correct the file."
-                ) from e
+                raise DepthsegError(f'{note} does not say {{"kind": "metric"}} or {{"kind": "inverse"}}', "Correct the file.") from e
         if kind not in ("auto", "inverse", "metric"):
             raise DepthsegError(f"'{kind}' is no kind of depth map", "Use inverse, metric or auto.")
         self.kind = kind
@@ -280,9 +279,7 @@ class Cached:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise DepthsegError(
-                f"the depth cache {folder} cannot be made ({e.strerror})", "Set DEPTHSEG_WEIGHTS to a folder."
-            ) from e
+            raise DepthsegError(f"the depth cache {folder} cannot be made ({e.strerror})", "Set DEPTHSEG_WEIGHTS to a folder.") from e
 
     def __call__(self, images: list[Image]) -> list[Array]:
         paths = [self._path(image) for image in images]
@@ -317,3 +314,25 @@ class Cached:
         except BaseException:
             Path(part).unlink(missing_ok=True)
             raise
+
+
+def write_maps(images: list[Image], depth: Depth, output: Path, batch: int, progress: Callable[[int, int], None]) -> list[Failure]:
+    """Write the depth map of every image as 16-bit PNG, `output`/<key>.png, near is bright, for DepthFolder to read back.
+
+    Maps that are there already are left alone. Returns the images that could not be read.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "depth.json").write_text('{"kind": "inverse"}')
+    todo = [image for image in images if not (output / f"{image.key}.png").exists()]
+    failed: list[Failure] = []
+    done = len(images) - len(todo)
+    stream = read_ahead(todo, workers=1, ahead=2 * batch)
+    while held := list(islice(stream, batch)):
+        failed += [item for item in held if isinstance(item, Failure)]
+        good = [item for item in held if isinstance(item, Image)]
+        for image, found in zip(good, depth(good)):
+            with atomic(output / f"{image.key}.png") as part:
+                PILImage.fromarray(_to_16_bit(found)).save(part, "PNG")
+        done += len(held)
+        progress(done, len(images))
+    return failed

@@ -36,9 +36,7 @@ YOLO_IOU = 0.7  # of its own suppression: ultralytics' default
 NANO_IOU = 0.6
 
 
-def _best(
-    xyxy: Array, score: Array, label: Array, names: dict[int, str], size: tuple[int, int], least: float, most: int
-) -> Boxes:
+def _best(xyxy: Array, score: Array, label: Array, names: dict[int, str], size: tuple[int, int], least: float, most: int) -> Boxes:
     """Boxes clipped to an image of `size`, without empty ones and scores under `least`, best first, at most `most`."""
     h, w = size
     xyxy = np.clip(np.asarray(xyxy, np.float64).reshape(-1, 4), 0, (w, h, w, h)).astype(np.float32)
@@ -235,9 +233,7 @@ class PointsFile:
             xy = np.array([_numbers(entries, at, "points", p, 2) for p in points], np.float64).reshape(1, -1, 2)
             signs = [1] * len(points) if signs is None else signs
             if not isinstance(signs, list) or len(signs) != len(points) or not all(type(s) is int and s in (0, 1) for s in signs):
-                raise entries.error(
-                    at, "labels", f"a 0 or 1 for each of the {len(points)} points is expected, not {_short(signs)}"
-                )
+                raise entries.error(at, "labels", f"a 0 or 1 for each of the {len(points)} points is expected, not {_short(signs)}")
             xyxy = None if box is None else np.array([_xyxy(entries, at, "box", box)])
             self._prompts.append(Prompts.of(xyxy, xy if points else None, np.array([signs])))
             self._label.append(_whole(entries, at, "category_id", entry.get("category_id", 1)))
@@ -300,30 +296,31 @@ class Yolo:
             YOLO_CONFIG_DIR=str(catalog.cache() / "ultralytics"),  # it writes a settings file
             ULTRALYTICS_SAFE_LOAD="1",  # its checkpoints are pickles: admit only its own classes
         )
+        import torch
+
+        theirs = PILImage.open, torch.save
         try:
             import ultralytics
+
+            network = ultralytics.YOLO  # here the real import happens
         except ImportError as e:
             install = "Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or use --detector nano."
             raise DepthsegError(f"YOLO needs the package ultralytics ({e})", install, MISSING_PIECE) from e
-        import torch
-
+        finally:  # ultralytics replaces both in the whole process; its Image.open raises ModuleNotFoundError for a broken picture
+            PILImage.open, torch.save = theirs  # type: ignore[assignment]
         if ultralytics.settings["sync"]:
             ultralytics.settings.update({"sync": False})  # analytics
         self.device = torch.device(device)
         self.confidence, self.max_boxes = confidence, max_boxes
         self._half = precision == "fp16" and self.device.type == "cuda"
         try:
-            self._model = ultralytics.YOLO(str(path), verbose=False)
+            self._model = network(str(path), verbose=False)
             self._names = {int(i): str(name) for i, name in self._model.names.items()}
         except Exception as e:  # whatever unpickling a foreign file may raise
             reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise DepthsegError(
-                f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})", "Fetch it again with --pull."
-            ) from e
+            raise DepthsegError(f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})", "Fetch it again with --pull.") from e
         if self._model.task not in ("detect", "segment"):
-            raise DepthsegError(
-                f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model."
-            )
+            raise DepthsegError(f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model.")
         coco = [self._names.get(i) for i in range(len(self._names))] == COCO_NAMES
         self._ids = COCO_IDS if coco else list(range(max(self._names, default=-1) + 1))
         self._names = {self._ids[i]: name for i, name in self._names.items()}
@@ -343,9 +340,7 @@ class Yolo:
         import torch
 
         threads = torch.get_num_threads()
-        pictures = [
-            PILImage.fromarray(np.asarray(image.pixels)) for image in images
-        ]  # PIL images are taken as RGB, arrays as BGR
+        pictures = [PILImage.fromarray(np.asarray(image.pixels)) for image in images]  # PIL images are taken as RGB, arrays as BGR
         results = self._model.predict(
             pictures, imgsz=YOLO_SIDE, conf=self.confidence, iou=YOLO_IOU, max_det=self.max_boxes, device=str(self.device),
             verbose=False, save=False, **({"quantize": 16} if self._half else {}),

@@ -12,13 +12,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image as PILImage
 from pycocotools import mask as coco
 
-from depthseg import masks, metrics, prompts
-from depthseg.data import Failure, read_ahead
-from depthseg.errors import DepthsegError
+from depthseg import masks, metrics, prompts, sa1b
+from depthseg.data import Failure, read, read_ahead
+from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.plan import Plan
-from depthseg.schema import Array, Image, Prompts
+from depthseg.schema import Array, Depth, Image, Prompts
 from depthseg.segment import Segmenter, View
 
 PROTOCOLS = {
@@ -26,6 +27,37 @@ PROTOCOLS = {
     "point": "clicks at the deepest point of the error, no mask fed back; crowds included; mean over annotations",
     "offline": "no prompt from the truth: the plan's detector or grid; masks without classes, crowds left out",
 }
+
+
+def evaluate_depth(root: Path, depth: Depth, progress: Callable[[int, int], None] | None = None) -> dict:
+    """AbsRel and delta1 of a depth estimator on the metric pairs of a folder `root`/rgb, `root`/depth with a manifest beside it.
+
+    Beside it stands what needs no picture: one constant for all pixels, and a ramp from top (far) to bottom (near).
+    """
+    pairs = [p for p in sa1b.depth_pairs([root]) if p.kind == "metric"]
+    if not pairs:
+        raise DepthsegError(f"no metric depth below {root}", "Only metric maps can be scored.", NOTHING_TO_DO)
+    rows: dict[str, list[tuple[float, float]]] = {"estimator": [], "ramp": [], "constant": []}
+    for i, pair in enumerate(pairs, 1):
+        image = read(Image(pair.rgb.name, i, pair.rgb, (0, 0)))
+        truth = np.asarray(PILImage.open(pair.depth)).astype(np.float32)
+        h, w = truth.shape
+        (found,) = depth([image])
+        guess = np.asarray(PILImage.fromarray(found).resize((w, h), PILImage.Resampling.BILINEAR))
+        ramp = np.broadcast_to(np.linspace(0, 1, h)[:, None], (h, w))
+        for name, inverse in (("estimator", guess), ("ramp", ramp), ("constant", np.zeros((h, w)))):
+            rows[name].append(metrics.depth_errors(inverse, truth))
+        if progress:
+            progress(i, len(pairs))
+    means = {name: np.mean(values, 0) for name, values in rows.items()}
+    scores = {f"{name}_{what}": float(m[k]) for name, m in means.items() for k, what in enumerate(("abs_rel", "delta1"))}
+    return {
+        "protocol": "scale and shift fitted per image in inverse depth; mean over images",
+        "images": len(pairs),
+        "abs_rel": scores.pop("estimator_abs_rel"),
+        "delta1": scores.pop("estimator_delta1"),
+        **scores,
+    }
 
 
 @dataclass(frozen=True)
@@ -156,11 +188,7 @@ def _read(truths: list[Truth], batch: int) -> Iterator[list[tuple[Truth, Image]]
 
 
 def _views(segmenter: Segmenter, images: list[Image]) -> list[View]:
-    return [
-        View(image.pixels, depth, image.size)
-        for image, depth in zip(images, segmenter.depths(images))
-        if image.pixels is not None
-    ]
+    return [View(image.pixels, depth, image.size) for image, depth in zip(images, segmenter.depths(images)) if image.pixels is not None]
 
 
 def _boxes(segmenter: Segmenter, truths: list[Truth], progress: Callable[[int, int], None]) -> dict:
@@ -206,9 +234,7 @@ def _clicks(segmenter: Segmenter, truths: list[Truth], progress: Callable[[int, 
         progress(done := done + len(some), len(truths))
     area = np.concatenate([t.area for t in truths])
     return {
-        name.replace("miou", f"miou_{n}"): value
-        for n in clicks
-        for name, value in metrics.miou(np.concatenate(scores[n]), area).items()
+        name.replace("miou", f"miou_{n}"): value for n in clicks for name, value in metrics.miou(np.concatenate(scores[n]), area).items()
     }
 
 

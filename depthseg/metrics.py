@@ -42,9 +42,7 @@ def miou(ious: Array, areas: Array) -> dict[str, float | None]:
     return {name: float(100 * ious[chosen].mean()) if chosen.any() else None for name, chosen in bins.items()}
 
 
-def class_agnostic(
-    truths: Sequence[Sequence[dict]], predictions: Sequence[tuple[Sequence[dict], Array]]
-) -> dict[str, float | None]:
+def class_agnostic(truths: Sequence[Sequence[dict]], predictions: Sequence[tuple[Sequence[dict], Array]]) -> dict[str, float | None]:
     """COCO's mask scores without classes, in percent, from a list of masks and a (masks, scores) pair for each image.
 
     ar_10, ar_100: recall, mean over IoU 0.50:0.95, of the best 10 or 100 predictions of an image
@@ -96,3 +94,17 @@ def _coco(rles: Sequence[Sequence[dict]], scores: Sequence[Array] | None = None)
     found.dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1}]}
     found.createIndex()
     return found
+
+
+def depth_errors(inverse: Array, truth: Array) -> tuple[float, float]:
+    """AbsRel and delta1 (share within a factor of 1.25) of a relative inverse depth against metric depth, both (h, w).
+
+    Scale and shift are fitted by least squares in inverse depth, as for all relative estimators (Ranftl et al. 2020). Holes of the
+    truth are 0. A fit that would place a pixel behind infinity puts it at 1.5 times the farthest true depth.
+    """
+    valid = truth > 0
+    x, y = inverse[valid].astype(np.float64), 1 / truth[valid].astype(np.float64)
+    (scale, shift), *_ = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), y, rcond=None)
+    predicted, true = 1 / np.maximum(scale * x + shift, y.min() / 1.5), 1 / y
+    ratio = np.maximum(predicted / true, true / predicted)
+    return float((np.abs(predicted - true) / true).mean()), float((ratio < 1.25).mean())

@@ -63,9 +63,7 @@ def _in_tar(path: Path) -> list[Entry]:
             if m.isfile() and kind in ("jpg", "json"):
                 members.setdefault(stem, {})[kind] = (m.offset_data, m.size)
     return [
-        Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"])
-        for stem, v in sorted(members.items())
-        if len(v) == 2
+        Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"]) for stem, v in sorted(members.items()) if len(v) == 2
     ]
 
 

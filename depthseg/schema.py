@@ -4,10 +4,11 @@ One coordinate frame at every boundary: pixels of the original image (after EXIF
 other frames: the encoder's square input and SAM's 1024-pixel prompt frame. Knows no files and no torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image as PILImage

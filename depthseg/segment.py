@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -109,12 +109,12 @@ class Segmenter:
     ):
         self.plan = plan
         self.notes: list[str] = []
-        self.device = _device(plan.device)
-        self.precision = _precision(plan.precision, self.device)
+        self.device = device_of(plan.device)
+        self.precision = precision_of(plan.precision, self.device)
         self.provenance: dict[str, Any] = {
             "device": str(self.device),
             "precision": self.precision,
-            "versions": {"depthseg": __version__, **{p: _version(p) for p in ("torch", "timm", "transformers", "ultralytics")}},
+            "versions": {"depthseg": __version__, **{p: version(p) for p in ("torch", "timm", "transformers")}},
         }
         self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
         self._pull = pull
@@ -123,10 +123,6 @@ class Segmenter:
         self.source = source if source is not None else self._build_source(images_json)
         self.depth = depth if depth is not None else self._build_depth()
         self.notes += [f"{', '.join(pieces)}: {terms}" for terms, pieces in self._terms.items()]
-
-    def _weights(self, table: dict[str, catalog.Row], name: str, what: str) -> Path:
-        entry = catalog.row(table, name, what)
-        return weights.pull(entry, name) if self._pull and not catalog.find(entry) else catalog.require(entry, name)
 
     def _chosen(self, role: str, name: str, entry: catalog.Row | None = None, path: Path | None = None) -> None:
         """Record a choice and, with its row, the terms of its weights."""
@@ -141,7 +137,7 @@ class Segmenter:
     def _build_network(self) -> Any:
         name = self.plan.model
         entry = catalog.row(catalog.MODELS, name, "model")
-        path = Path(self.plan.weights) if self.plan.weights else self._weights(catalog.MODELS, name, "model")
+        path = Path(self.plan.weights) if self.plan.weights else _weights(entry, name, self._pull)
         network = catalog.load(name, path)
         self._chosen("model", name, None if self.plan.weights else entry, path)
         return network
@@ -162,7 +158,7 @@ class Segmenter:
             self._chosen("detector", name)
             self.notes.append(f"prompts: a grid of {plan.points_per_side} x {plan.points_per_side} points")
             return lambda images: [prompts.grid(image.size, plan.points_per_side) for image in images]
-        path = self._weights(catalog.DETECTORS, name, "detector")
+        path = _weights(entry, name, self._pull)
         self._chosen("detector", name, entry, path)
         return catalog.resolve(entry)(path, self.device, self.precision, plan.confidence, plan.max_boxes)
 
@@ -174,8 +170,8 @@ class Segmenter:
             name = (here or YOLO_BY_PREFERENCE)[0]
             self.notes.append(f"detector: {name}")
             return name
-        first = "" if installed else "pip install ultralytics, then "
-        self.notes.append(f"detector: nano (embedded); for better boxes: {first}--detector {YOLO_BY_PREFERENCE[0]} --pull")
+        install = "" if installed else "pip install ultralytics, then "
+        self.notes.append(f"detector: nano (embedded); for better boxes: {install}--detector {YOLO_BY_PREFERENCE[0]} --pull")
         return "nano"
 
     def _build_depth(self) -> Depth | None:
@@ -195,23 +191,13 @@ class Segmenter:
             self.notes.append(f"depth: maps from {choice}")
             self._chosen("depth", Path(choice).name)
             return DepthFolder(choice)
-        name = choice
+        name = depth_name(choice, self._pull)
         if choice == "auto":
-            better = self._pull or present(catalog.DEPTHS[BETTER_DEPTH].hub)
-            name = BETTER_DEPTH if better else "nano"
-            self.notes.append(
-                f"depth: {name}" if better else f"depth: nano (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
-            )
-        entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
-        path = None
-        if entry.file:
-            path = self._weights(catalog.DEPTHS, name, "depth estimator")
-        elif self._pull and not present(entry.hub):
-            weights.pull(entry, name)
-        estimator = catalog.resolve(entry)(path or entry.hub, self.device, self.precision)
-        self._chosen("depth", name, entry, path)
-        made_by = f"{name} {self.provenance['depth'].get('sha256', '')} {self.precision}"
-        return Cached(estimator, catalog.cache() / "depth", made_by)
+            better = "" if name == BETTER_DEPTH else f" (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
+            self.notes.append(f"depth: {name}{better}")
+        estimator, path = depth_estimator(name, self.device, self.precision, self._pull)
+        self._chosen("depth", name, catalog.DEPTHS[name], path)
+        return estimator
 
     def segment(self, images: Iterable[Image]) -> Iterator[Record | Failure]:
         """A Record, or a Failure, for each image, in order. Memory is bounded by the batch, not by the number of images.
@@ -252,9 +238,7 @@ class Segmenter:
                 result = _masks(found, asked[k], labels, self.plan.nms if self.detector in ("grid", "nano") else None)
             out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
         share = {name: seconds / len(held) for name, seconds in spent.items()}
-        for item in out:
-            assert item is not None
-            yield replace(item, seconds=share) if isinstance(item, Record) else item
+        yield from (replace(item, seconds=share) if isinstance(item, Record) else item for item in out if item)
 
     def depths(self, images: list[Image]) -> list[Array | None]:
         """Depth maps as the plan says, or None for each image if the network runs without."""
@@ -299,9 +283,7 @@ class Segmenter:
             features = self.network.encode(rgb, self._tensor(np.stack(maps)) if maps else None)
         return Encoded(features, list(views), frames)
 
-    def decode(
-        self, encoded: Encoded, asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None
-    ) -> list[list[Answer]]:
+    def decode(self, encoded: Encoded, asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None) -> list[list[Answer]]:
         """The answers to the prompts of each view, whose coordinates are the view's own; masks lie on the whole picture.
 
         strict: drop answers below the plan's min_predicted_iou and min_stability, and clean small regions.
@@ -329,9 +311,7 @@ class Segmenter:
                         answers[v].append(Answer(i, masks.encode(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
-    def _best(
-        self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool
-    ) -> tuple[Array, Array]:
+    def _best(self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool) -> tuple[Array, Array]:
         """Logits (P, s, s) and predicted IoU (P,) of the candidate with the highest predicted IoU, for one decoder call."""
         width = max(asked[v].labels.shape[1] for v, _ in chunk)
         points = np.zeros((len(chunk), width, 2), np.float32)
@@ -375,6 +355,28 @@ class Segmenter:
             spent[stage] += time.perf_counter() - start
 
 
+def depth_name(choice: str, pull: bool) -> str:
+    """The row of catalog.DEPTHS that a choice means: auto is Depth Anything V2 Small where it is here, or may be fetched."""
+    if choice == "auto":
+        return BETTER_DEPTH if pull or present(catalog.DEPTHS[BETTER_DEPTH].hub) else "nano"
+    catalog.row(catalog.DEPTHS, choice, "depth estimator")
+    return choice
+
+
+def depth_estimator(name: str, device: torch.device, precision: str, pull: bool) -> tuple[Depth, Path | None]:
+    """The estimator of one row and its weight file, if it has one. Slow ones keep their answers below the user's cache."""
+    entry = catalog.DEPTHS[name]
+    path = _weights(entry, name, pull) if entry.file else None
+    if pull and not path and not present(entry.hub):
+        weights.pull(entry, name)
+    built = catalog.resolve(entry)(path or entry.hub, device, precision)
+    return (built if path else Cached(built, catalog.cache() / "depth", f"{name} {precision}")), path
+
+
+def _weights(entry: catalog.Row, name: str, pull: bool) -> Path:
+    return weights.pull(entry, name) if pull else catalog.require(entry, name)
+
+
 def _whole(image: Image, depth: Array | None) -> View:
     assert image.pixels is not None
     return View(image.pixels, depth, image.size)
@@ -392,7 +394,7 @@ def _rows(asked: Prompts, index: Array, corner: tuple[int, int]) -> Prompts:
 
 def _box(asked: Prompts, row: int) -> Array:
     """xyxy (4,) of a prompt that has a box."""
-    first = int(np.flatnonzero(asked.labels[row] == CORNER_MIN)[0])
+    first = asked.labels[row].tolist().index(CORNER_MIN)
     return asked.points[row, first : first + 2].reshape(4)
 
 
@@ -427,7 +429,7 @@ def _one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]
     return [result for image in images for result in _one_by_one_if_need_be(stage, call, [image])]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device of this name; auto is CUDA where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -442,7 +444,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _precision(name: str, device: torch.device) -> str:
+def precision_of(name: str, device: torch.device) -> str:
     """A key of PRECISIONS; auto is fp32 on the CPU and bf16 on CUDA, or fp16 where bf16 would be emulated."""
     if name == "auto":
         if device.type == "cpu":
@@ -451,10 +453,3 @@ def _precision(name: str, device: torch.device) -> str:
     if name not in PRECISIONS:
         raise DepthsegError(f"no precision is called '{name}'", f"Use {', '.join(PRECISIONS)} or auto.")
     return name
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -5,20 +5,19 @@ weighs and sums them.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from depthseg import losses, masks, sa1b
 from depthseg.augment import View, view
+from depthseg.depth import DepthFolder
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
 from depthseg.models.depthseg import DepthSeg
-from depthseg.schema import CORNER_MIN, NEGATIVE, POSITIVE, Array, Frame
+from depthseg.schema import CORNER_MIN, NEGATIVE, POSITIVE, Array, Frame, Image
 
 POINTS = 12_544  # uncertain points per mask, as upstream; maps with fewer cells are used whole
 Batch = dict[str, Tensor]
@@ -28,18 +27,13 @@ def _rng(seed: int, step: int, rank: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, rank])
 
 
-def read_depth(path: Path) -> Array:
-    """A stored depth map as float32 0..1, near is 1 (16-bit PNG as `Cached` writes it)."""
-    return np.asarray(PILImage.open(path), np.float32) / 65535
-
-
 @dataclass
 class MaskData:
-    """Batches of views with prompts. `depth` is a folder of depth maps named like the pictures, .png appended."""
+    """Batches of views with prompts, and of depth where there are maps of the pictures."""
 
     entries: list[sa1b.Entry]
     chance: Array  # (len(entries),) how often each is drawn
-    depth: Path | None
+    depth: DepthFolder | None
     batch: int
     masks: int  # per view
     sides: tuple[tuple[int, float], ...]  # encoder inputs and how often
@@ -58,8 +52,8 @@ class MaskData:
         sample = sa1b.load(entry)
         if self.depth is None:
             return sample, None
-        d = read_depth(self.depth / (entry.key + ".png"))
         h, w = sample.pixels.shape[:2]
+        (d,) = self.depth([Image(entry.key, 0, None, (h, w))])
         return sample, np.asarray(PILImage.fromarray(d).resize((w, h), PILImage.Resampling.BILINEAR))
 
     def __getitem__(self, step: int) -> Batch:
@@ -80,7 +74,7 @@ class MaskData:
             **{k: np.concatenate([getattr(v, k) for v in views]) for k in ("target", "boxes", "points", "labels")},
         }
         if self.depth is not None:
-            out["depth"] = np.stack([v.depth for v in views])
+            out["depth"] = np.stack([v.depth for v in views if v.depth is not None])
         return {k: torch.from_numpy(v) for k, v in out.items()}
 
 
@@ -98,7 +92,7 @@ class MaskLoss(nn.Module):
         features = net.encode(batch["rgb"], batch.get("depth"))
         labels = batch["labels"]
         logits, quality, early = net(features, batch["owner"], batch["points"], labels, intermediate=self.direct)
-        p, tokens, s, _ = logits.shape
+        p, tokens = logits.shape[:2]
         target = batch["target"]
         # Token 0 answers unambiguous prompts, tokens 1..3 compete for the others. Where the evaluation always takes the best of
         # three (official weights), every prompt trains both.
@@ -135,7 +129,10 @@ class MaskLoss(nn.Module):
         if s * s <= POINTS:
             weight = losses.local_weight(batch["boxes"], s).flatten(1)[:, None]
             t = target.flatten(1)[:, None]
-            return lambda x: (losses.mask_loss(x.flatten(2), t.expand_as(x.flatten(2)), weight), losses.dice_loss(x.flatten(2), t))
+            return lambda x: (
+                losses.mask_loss(x.flatten(2), t.expand_as(x.flatten(2)), weight),
+                losses.dice_loss(x.flatten(2), t),
+            )
         t = target[:, None]
 
         def at_points(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +174,7 @@ class DepthData:
             d = np.full(stored.shape, np.nan, np.float32)
             valid = stored > 0
             d[valid] = 1000 / stored[valid] if pair.kind == "metric" else stored[valid] / 255
-            h, w = d.shape
+            h, w = pixels.shape[:2]
             share = rng.uniform(0.6, 1)
             ch, cw = max(32, int(h * share)), max(32, int(w * share))
             top, left = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
@@ -185,7 +182,7 @@ class DepthData:
             pixels, d = _jitter(pixels[crop], rng), d[crop]
             if rng.random() < 0.5:
                 pixels, d = pixels[:, ::-1], d[:, ::-1]
-            frame = Frame(d.shape, side)
+            frame = Frame((pixels.shape[0], pixels.shape[1]), side)
             rgb.append(frame.image(np.ascontiguousarray(pixels)))
             ih, iw = frame.inner
             square = np.full((side // 2, side // 2), np.nan, np.float32)
@@ -258,8 +255,8 @@ class BoxData:
             b = masks.boxes(sample.rles) if sample.rles else np.zeros((0, 4), np.float32)
             seen = np.stack([b[:, 0].clip(left, left + cw), b[:, 1].clip(top, top + ch),
                              b[:, 2].clip(left, left + cw), b[:, 3].clip(top, top + ch)], 1)  # fmt: skip
-            area = lambda r: (r[:, 2] - r[:, 0]) * (r[:, 3] - r[:, 1])
-            b = seen[area(seen) > 0.4 * area(b)] - np.array([left, top, left, top], np.float32)
+            before, after = ((r[:, 2:] - r[:, :2]).prod(1) for r in (b, seen))
+            b = seen[after > 0.4 * before] - np.array([left, top, left, top], np.float32)
             if rng.random() < 0.5:
                 pixels = np.ascontiguousarray(pixels[:, ::-1])
                 b = np.stack([cw - b[:, 2], b[:, 1], cw - b[:, 0], b[:, 3]], 1)
@@ -303,7 +300,9 @@ class BoxLoss(nn.Module):
         for stride, (a, b) in zip((8, 16, 32), self.REACH, strict=True):
             low[strides == stride], high[strides == stride] = a, b
         for k in longest.argsort(descending=True).tolist():  # small objects last: they win a contested cell
-            near = (cells[:, :2] - centre[k]).abs() <= torch.maximum(torch.minimum(half[k] * 0.4, 1.5 * strides[:, None]), 0.51 * strides[:, None])
+            near = (cells[:, :2] - centre[k]).abs() <= torch.maximum(
+                torch.minimum(half[k] * 0.4, 1.5 * strides[:, None]), 0.51 * strides[:, None]
+            )
             mine = near.all(1) & (longest[k] >= low) & (longest[k] <= high)
             positive[owner[k], mine] = True
             match[owner[k], mine] = k
@@ -320,4 +319,7 @@ def loss_of(network: nn.Module, mask: float, dice: float, direct: bool) -> nn.Mo
     """The loss module that goes with a network."""
     if isinstance(network, DepthSeg):
         return MaskLoss(network, mask, dice, direct)
-    return DepthLoss(network) if isinstance(network, DepthNet) else BoxLoss(network)
+    if isinstance(network, BoxNet):
+        return BoxLoss(network)
+    assert isinstance(network, DepthNet)
+    return DepthLoss(network)

@@ -28,10 +28,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from depthseg import __version__, catalog, sa1b, tasks
+from depthseg.depth import DepthFolder
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.models import checkpoint
 from depthseg.models.boxes import BoxNet
@@ -139,12 +140,13 @@ def _data(plan: TrainPlan, stage: Stage, network: nn.Module, batch: int, rank: i
     assert isinstance(network, DepthSeg)
     if network.alpha is not None and not plan.depth_maps:
         raise DepthsegError(f"{plan.model} needs depth maps of the training pictures", "Make them once, then pass --depth-maps FOLDER.")
+    sides: tuple[tuple[int, float], ...]
     if network.zoom_side < network.side:  # takes any size: crops at the zoom size mostly, larger ones so that it holds there too
         z = network.zoom_side
         sides, whole = ((z, 0.7), (z * 8 // 5, 0.2), (z * 12 // 5, 0.1)), 0.15
     else:
         sides, whole = ((network.side, 1.0),), 1.0
-    depth = Path(plan.depth_maps) if plan.depth_maps and network.alpha is not None else None
+    depth = DepthFolder(plan.depth_maps) if plan.depth_maps and network.alpha is not None else None
     return tasks.MaskData(entries, chance, depth, masks=plan.masks or stage.masks, sides=sides, whole=whole,
                           boxes_share=stage.boxes_share, paste=stage.paste, **common), len(entries)  # fmt: skip
 
@@ -166,6 +168,21 @@ def _groups(network: nn.Module, decay: float) -> list[dict]:
     learn = [p for p in network.parameters() if p.requires_grad]
     return [{"params": [p for p in learn if p.ndim > 1], "weight_decay": decay},
             {"params": [p for p in learn if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+
+
+def _ema(decay: float) -> Callable:
+    """A moving average that forgets its random start: the decay rises to its value with the number of updates."""
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, count: Any) -> None:
+        d = min(decay, (1 + int(count)) / (10 + int(count)))
+        for a, c in zip(averages, current, strict=True):
+            if a.is_floating_point():
+                a.lerp_(c.to(a.dtype), 1 - d)
+            else:
+                a.copy_(c)
+
+    return update
 
 
 def _save(path: Path, state: dict) -> None:
@@ -196,7 +213,7 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(plan.seed)
-    network = _network(plan, stage).to(device, memory_format=torch.channels_last)
+    network = _network(plan, stage).to(device).to(memory_format=torch.channels_last)
     for name, p in network.named_parameters():
         p.requires_grad_(name.startswith(stage.learns))
     data, epoch = _data(plan, stage, network, batch // world, rank)
@@ -211,7 +228,7 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
         forward = nn.parallel.DistributedDataParallel(loss_module, find_unused_parameters=True)
     lr = plan.lr or stage.lr
     optimizer = torch.optim.AdamW(_groups(network, stage.decay), lr=lr, betas=stage.betas)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(plan.ema), use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=_ema(plan.ema), use_buffers=True)
     step, spent = 0, 0.0
     if resume and last.exists():
         state = torch.load(last, map_location=device, weights_only=True)
@@ -237,7 +254,7 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
     count = 0
     forward.train()
     if stage.learns != ("",):  # frozen parts keep their statistics
-        for name, module in network.named_children():
+        for module in network.children():
             module.train(any(p.requires_grad for p in module.parameters()))
     for b in loader:
         done = (spent + time.monotonic() - begun) / 60 / plan.minutes if plan.minutes else step / steps

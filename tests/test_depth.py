@@ -116,7 +116,7 @@ def test_depth_anything_in_a_batch_equals_one_by_one(anything, small, capfd):
     for one, together in zip(images, batched):
         (alone,) = estimator([one])
         assert np.abs(alone - together).max() < 1e-3 and alone.dtype == np.float32
-        assert (together.min(), together.max()) == (0, 1) and 0.01 < together.std()
+        assert (together.min(), together.max()) == (0, 1) and together.std() > 0.01
     assert np.abs(batched[0] - batched[2]).max() > 0.01  # it does look at the picture
     assert estimator([]) == []
     assert capfd.readouterr() == ("", "")  # no progress bar
@@ -132,7 +132,7 @@ def test_depth_anything_is_what_transformers_gives(anything, small):
     )  # fmt: skip
     x = processor(PILImage.fromarray(one.pixels), return_tensors="pt")["pixel_values"]
     estimator = DepthAnything(anything / "relative")
-    assert estimator._size(70, 112) == x.shape[2:]
+    assert tuple(x.shape[2:]) == estimator._size(70, 112) == (56, 84)
     assert np.abs(estimator._input(one, x.shape[2:]) - x[0].numpy()).max() < 1e-5
     with torch.inference_mode():
         expected = DepthAnythingForDepthEstimation.from_pretrained(anything / "relative").eval()(x).predicted_depth[0].numpy()
@@ -159,9 +159,8 @@ def test_a_metric_variant_is_inverted(anything, small):
     with torch.inference_mode():
         metres = estimator._network(torch.from_numpy(estimator._input(one, (56, 84)))[None]).predicted_depth[0].numpy()
     (near,) = estimator([one])
-    far, close = np.unravel_index([metres.argmax(), metres.argmin()], metres.shape)[0], None
-    assert close is None and near.shape == metres.shape and far.shape == (2,)
-    assert np.corrcoef(near.ravel(), 1 / metres.ravel())[0, 1] > 0.99
+    assert metres.min() > 0 and metres.std() > 0
+    assert np.abs(near - normalise(1 / metres)).max() < 1e-3
 
 
 def test_half_precision_is_close(anything, small):
@@ -211,9 +210,7 @@ def test_broken_folders(anything, tmp_path):
         DepthAnything(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("DepthAnything", "depth-anything/Depth-Anything-V2-Small-hf"), ("NanoDepth", "none")]
-)
+@pytest.mark.parametrize(("name", "what"), [("DepthAnything", "depth-anything/Depth-Anything-V2-Small-hf"), ("NanoDepth", "none")])
 def test_missing_weights_are_an_error_at_once(name, what):
     code = f"""
 import sys, time

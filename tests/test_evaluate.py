@@ -217,9 +217,7 @@ def test_geometry_alone_on_coco(shared):
     assert len(area) == 815 and sum(t.crowd.sum() for t in truths) == 11
     for shape, known in ((inscribed_ellipse, 62.4), (filled_box, 58.4)):
         ours, theirs = (
-            metrics.miou(np.concatenate([metrics.mask_iou(t.rle, [f(b, t.image.size) for b in t.box]) for t in truths]), area)[
-                "miou"
-            ]
+            metrics.miou(np.concatenate([metrics.mask_iou(t.rle, [f(b, t.image.size) for b in t.box]) for t in truths]), area)["miou"]
             for f in (shape, lambda box, size, round=shape is inscribed_ellipse: polygon(box, size, round))
         )
         assert round(ours, 1) == known and ours == pytest.approx(theirs, abs=0.1)

@@ -114,9 +114,7 @@ def test_small_instances_lie_over_large_ones():
     both = answer(block(size, 250, 250, 350, 350), block(size, 50, 50, 550, 550))
     grey = np.full((*size, 3), 100, np.uint8)
     under = 0.55 * 100 + 0.45 * formats.palette(2)[1]
-    np.testing.assert_allclose(
-        np.asarray(formats.overlay(grey, both))[320, 300], 0.55 * under + 0.45 * formats.palette(2)[0], atol=2
-    )
+    np.testing.assert_allclose(np.asarray(formats.overlay(grey, both))[320, 300], 0.55 * under + 0.45 * formats.palette(2)[0], atol=2)
 
 
 def test_tags_stay_inside_and_apart(monkeypatch):
@@ -131,9 +129,7 @@ def test_tags_stay_inside_and_apart(monkeypatch):
         for x2, y2, w2, h2 in plates[:i]:
             assert x >= x2 + w2 or x2 >= x + w or y >= y2 + h2 or y2 >= y + h
     plates.clear()
-    formats.overlay(
-        np.zeros((*size, 3), np.uint8), answer(*[block(size, 5 * i, 3 * i, 5 * i + 20, 3 * i + 20) for i in range(60)])
-    )
+    formats.overlay(np.zeros((*size, 3), np.uint8), answer(*[block(size, 5 * i, 3 * i, 5 * i + 20, 3 * i + 20) for i in range(60)]))
     assert len(plates) == formats._MAX_TAGS
 
 

@@ -175,7 +175,9 @@ def test_flat_prompts_equal_the_loop_over_images(nano) -> None:
     with torch.inference_mode():
         flat, _ = nano.decode(features, owner, points, labels)
         for i, o in enumerate(owner.tolist()):
-            one, _ = nano.decode(tuple(f[o : o + 1] for f in features), torch.zeros(1, dtype=torch.long), points[i : i + 1], labels[i : i + 1])
+            one, _ = nano.decode(
+                tuple(f[o : o + 1] for f in features), torch.zeros(1, dtype=torch.long), points[i : i + 1], labels[i : i + 1]
+            )
             torch.testing.assert_close(flat[i : i + 1], one, atol=1e-5, rtol=1e-5)
 
 

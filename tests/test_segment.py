@@ -283,10 +283,10 @@ def test_depth_from_a_folder_reaches_the_network(pictures, tmp_path):
     network = Bright()
     network.alpha = torch.zeros(())
     network.encode = lambda rgb, depth=None: Bright.encode(network, depth)
-    for image, record in zip(find([pictures]), range(3)):
-        size = PILImage.open(image.path).size[::-1]
-        near = np.zeros(size, np.uint16)
-        near[size[0] // 4 : size[0] // 2, size[1] // 4 : 3 * size[1] // 4] = 65535 - record
+    for image in find([pictures]):
+        h, w = PILImage.open(image.path).size[::-1]
+        near = np.zeros((h, w), np.uint8)
+        near[h // 4 : h // 2, w // 4 : 3 * w // 4] = 200
         path = (tmp_path / "maps" / image.key).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
         PILImage.fromarray(near).save(path)
@@ -316,16 +316,17 @@ def test_clicks_from_a_file_keep_their_category(pictures, tmp_path):
     assert both[5] > 1.5 * both[6] > 0
 
 
-def test_the_depth_cache_keeps_weights_and_precisions_apart(monkeypatch, weights_cache):
+def test_only_slow_depth_is_cached_and_by_precision(monkeypatch, weights_cache):
     weight = weights_cache / "nano" / "nano-depth-estimator.safetensors"
     weight.parent.mkdir(parents=True)
+    weight.write_bytes(b"weights")
     monkeypatch.setattr(catalog, "embedded", lambda: weights_cache)
-    monkeypatch.setattr(catalog, "resolve", lambda row: lambda *args: None)
-    network, names = Bright(), set()
+    monkeypatch.setattr(catalog, "resolve", lambda row: lambda *args: "built")
+    network = Bright()
     network.alpha = torch.zeros(())
-    for content, precision in ((b"old", "fp32"), (b"new", "fp32"), (b"new", "bf16")):
-        weight.write_bytes(content)
-        segmenter = Segmenter(Plan(detector="grid", precision=precision), network=network)
-        names.add(segmenter.depth.name)
-        assert any("depth: nano (embedded)" in note for note in segmenter.notes)
-    assert len(names) == 3
+    nano = Segmenter(Plan(detector="grid"), network=network)
+    assert nano.depth == "built" and any("depth: nano (embedded)" in note for note in nano.notes)
+    slow = [
+        Segmenter(Plan(detector="grid", precision=p, depth="depth-anything-v2-small"), network=network).depth.name for p in ("fp32", "bf16")
+    ]
+    assert len(set(slow)) == 2

@@ -29,9 +29,7 @@ def record(image: Image) -> Record:
     half[: h // 2, 3:] = True
     rle = [masks.encode(half), masks.encode(image.pixels[..., 0] > 90)] if w > 35 else []
     score = np.array([0.9, 0.3], np.float32)[: len(rle)]
-    found = Masks(
-        rle, masks.boxes(rle), masks.area(rle), score, score, score, np.array([17, 1])[: len(rle)], {17: "cat", 1: "person"}
-    )
+    found = Masks(rle, masks.boxes(rle), masks.area(rle), score, score, score, np.array([17, 1])[: len(rle)], {17: "cat", 1: "person"})
     return Record(image, found, PLAN.digest(), {"encode": 0.1}, np.zeros((4, 4), np.float32))
 
 

@@ -39,7 +39,9 @@ class BoxNet(nn.Module):
         self.score = nn.Conv2d(WIDTH, 1, 3, padding=1)
         self.reach = nn.Conv2d(WIDTH, 4, 3, padding=1)
         self.scale = nn.Parameter(torch.ones(len(STRIDES)))
-        nn.init.constant_(self.score.bias, -4.6)  # starts at 1 % objects, so that the many empty cells do not rule the loss
+        nn.init.constant_(
+            dict(self.score.named_parameters())["bias"], -4.6
+        )  # starts at 1 % objects, so that the many empty cells do not rule the loss
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score logits (B, N), boxes (B, N, 4) and, per cell, its centre and stride (N, 3), input pixels."""

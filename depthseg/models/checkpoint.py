@@ -53,7 +53,11 @@ def load_into(network: nn.Module, path: Path) -> None:
     alpha = getattr(network, "alpha", None)
     if alpha is not None and "alpha" not in state and not any(k.startswith("depth_encoder.") for k in state):
         own = network.state_dict()
-        state = {**state, **{k: v for k, v in own.items() if k.startswith("depth_encoder.")}, "alpha": torch.zeros_like(own["alpha"])}
+        state = {
+            **state,
+            **{k: v for k, v in own.items() if k.startswith("depth_encoder.")},
+            "alpha": torch.zeros_like(own["alpha"]),
+        }
     if lines := difference(network, state):
         raise DepthsegError(f"{path} does not fit this network: {'; '.join(lines)}", "Is --model the one the checkpoint was made for?")
     network.load_state_dict(state, strict=True)  # fp16 tensors are copied into the network's fp32 ones

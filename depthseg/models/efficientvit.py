@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import GELUTanh
 from timm.models.efficientvit_mit import ConvBlock, ConvNormAct, FusedMBConv, LiteMLA, MBConv, ResidualBlock
 from torch import Tensor, nn
@@ -44,7 +43,14 @@ _XL: dict[str, Any] = dict(kinds=("res", "fmb", "fmb", "fmb", "att", "att"), exp
 _WIDTHS = (32, 64, 128, 256, 512)
 VARIANTS = {
     "nano": Variant(
-        widths=(16, 24, 48, 96, 192), depths=(1, 1, 1, 2, 2), neck_width=64, neck_depth=2, out=64, skips=True, act=nn.Hardswish, **_L
+        widths=(16, 24, 48, 96, 192),
+        depths=(1, 1, 1, 2, 2),
+        neck_width=64,
+        neck_depth=2,
+        out=64,
+        skips=True,
+        act=nn.Hardswish,
+        **_L,
     ),
     "l0": Variant(widths=_WIDTHS, depths=(1, 1, 1, 4, 4), neck_width=256, neck_depth=4, **_L),
     "l1": Variant(widths=_WIDTHS, depths=(1, 1, 1, 6, 6), neck_width=256, neck_depth=8, **_L),

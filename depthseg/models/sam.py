@@ -6,13 +6,14 @@ labelled points (a box is two corners), and ragged rows are filled with ABSENT t
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthseg.models.efficientvit import NORM_EPS, LayerNorm2d
-from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, POSITIVE, PROMPT_SIDE
 
 MASK_TOKENS = 4  # token 0 answers unambiguous prompts, tokens 1..3 are the candidates for ambiguous ones
 
@@ -49,8 +50,7 @@ def prompt_maps(points: Tensor, labels: Tensor, size: int) -> Tensor:
     centre = (torch.arange(size, device=points.device, dtype=points.dtype) + 0.5) / size
     low, high = labels == CORNER_MIN, labels == CORNER_MAX
     boxed = low.any(1)  # (P,)
-    pick = lambda which: (points * which[..., None]).sum(1)  # (P, 2)
-    a, b = pick(low), pick(high)
+    a, b = ((points * which[..., None]).sum(1) for which in (low, high))  # (P, 2)
     half = ((b - a) / 2).clamp_min(0.5 / size)
     mid = (a + b) / 2
     out = []
@@ -63,7 +63,14 @@ def prompt_maps(points: Tensor, labels: Tensor, size: int) -> Tensor:
     u = relative[0][:, None, :].expand(-1, size, -1)
     v = relative[1][:, :, None].expand(-1, -1, size)
     r2 = u * u + v * v
-    out = [inside[0][:, None, :] * inside[1][:, :, None], u / 3, v / 3, torch.tanh(2 * (1 - r2)), torch.exp(-r2), torch.ones_like(u)]
+    out = [
+        inside[0][:, None, :] * inside[1][:, :, None],
+        u / 3,
+        v / 3,
+        torch.tanh(2 * (1 - r2)),
+        torch.exp(-r2),
+        torch.ones_like(u),
+    ]
     out = [m * boxed[:, None, None] for m in out]
 
     def bumps(which: Tensor, width: float) -> Tensor:
@@ -99,7 +106,7 @@ class PromptEncoder(nn.Module):
 
     def tokens(self, points: Tensor, labels: Tensor) -> Tensor:
         """points (P, K, 2) in the 1024 frame, labels (P, K) -> (P, K, dim). ABSENT rows hold zeros."""
-        table = torch.stack([e.weight[0] for e in self.point_embeddings])
+        table = torch.cat(list(self.point_embeddings.parameters()))
         real = labels >= 0
         code = self.pe_layer((points + 0.5) / PROMPT_SIDE) + table[labels.clamp_min(0)]
         code = torch.where(real[..., None], code, self.not_a_point_embed.weight.to(code.dtype))
@@ -129,8 +136,7 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         """(P, N, dim) each; seen (P, 1, 1, keys) is False where a key must be ignored."""
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
@@ -141,7 +147,7 @@ class MLP(nn.Module):
     def __init__(self, inside: int, hidden: int, out: int, depth: int):
         super().__init__()
         widths = [inside, *[hidden] * (depth - 1), out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
