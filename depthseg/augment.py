@@ -35,7 +35,7 @@ def _window(box: Array, size: tuple[int, int], whole: float, rng: np.random.Gene
     if rng.random() < whole:
         return 0, 0, w, h
     x0, y0, x1, y1 = box
-    side = max(x1 - x0, y1 - y0, 8) * np.exp(rng.uniform(np.log(1.2), np.log(4 if rng.random() < 0.75 else 8)))
+    side = max(x1 - x0, y1 - y0, 8) * np.exp(rng.uniform(np.log(1.2), np.log(4 if rng.random() < 0.9 else 8)))
     slack = np.array([side - (x1 - x0), side - (y1 - y0)]).clip(0)
     left = int(max(0, x0 - slack[0] * rng.uniform(0.1, 0.9)))
     top = int(max(0, y0 - slack[1] * rng.uniform(0.1, 0.9)))

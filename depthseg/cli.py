@@ -368,6 +368,15 @@ def train(
             metavar="PART=WEIGHT",
         ),
     ] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=WEIGHT: another weight for one of the stage's losses; repeatable.", rich_help_panel=RUN, metavar="NAME=WEIGHT"
+        ),
+    ] = None,
+    boxes_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the masks prompted with a box; the rest with clicks.", rich_help_panel=RUN)
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples ahead.", rich_help_panel=RUN)] = 1,
     lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate, instead of the stage's own.", rich_help_panel=RUN)] = None,
     seed: Annotated[int, typer.Option(rich_help_panel=RUN)] = 0,
@@ -386,9 +395,9 @@ def train(
     if sum(v is not None for v in (steps, epochs, minutes)) > 1:
         raise DepthsegError("more than one of --steps, --epochs and --minutes is given", "Give one of them.")
     try:
-        shares = {part: float(weight) for part, _, weight in (m.rpartition("=") for m in mix or [])}
+        shares, losses = ({k: float(v) for k, _, v in (m.rpartition("=") for m in given or [])} for given in (mix, loss))
     except ValueError:
-        raise DepthsegError(f"--mix {' '.join(mix or [])} is not of the form PART=WEIGHT", "Write it like --mix coco=3.") from None
+        raise DepthsegError("--mix and --loss take NAME=NUMBER", "Write them like --mix coco=3 --loss dice=2.") from None
     again = "stopped; run the same command with --resume to go on from the newest checkpoint"
     with contextlib.redirect_stdout(sys.stderr), _interruptible(again):
         from depthseg.train import TrainPlan
@@ -407,6 +416,8 @@ def train(
             batch=batch,
             masks=masks,
             mix=shares,
+            losses=losses,
+            boxes_share=boxes_share,
             workers=workers,
             lr=lr,
             seed=seed,

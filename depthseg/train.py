@@ -57,12 +57,14 @@ class Stage:
     boxes_share: float = 0.5
     paste: float = 0.0
     alpha: float | None = None  # value to start from
+    # encoder inputs over the crop size, and how often; only networks that take any size
+    scales: tuple[tuple[float, float], ...] = ((1.0, 0.7), (1.6, 0.2), (2.4, 0.1))
 
 
 _PAPER = {"mask": 20.0, "dice": 1.0, "iou": 1.0, "direct": 0.5, "aux": 0.2}
 STAGES = {
-    "0": Stage("the RGB model from random weights", "masks", {**_PAPER, "mask": 4.0, "dice": 2.0}, lr=2e-3, decay=0.03,
-               betas=(0.9, 0.98), epochs=100, batch=16, boxes_share=0.65, paste=0.25),  # dice weighs more while masks are still blobs
+    "0": Stage("the RGB model from random weights", "masks", {"mask": 4.0, "dice": 2.0, "iou": 1.0, "aux": 0.2}, lr=2e-3, decay=0.03,
+               betas=(0.9, 0.98), epochs=100, batch=16, masks=3, boxes_share=0.85, paste=0.15, scales=((1.0, 1.0),)),
     "1": Stage("the depth encoder alone", "masks", _PAPER, ("depth_encoder.", "alpha"), lr=2e-4, alpha=0.1),
     "2": Stage("everything, end to end", "masks", _PAPER),
     "depth": Stage("nano's depth estimator", "depth", {"depth": 1.0, "gradient": 0.5}, lr=1e-3, decay=0.03, epochs=15, batch=8),
@@ -86,6 +88,8 @@ class TrainPlan:
     batch: int | None = None  # over all processes
     masks: int | None = None
     lr: float | None = None
+    boxes_share: float | None = None  # share of the masks prompted with a box
+    losses: dict[str, float] = field(default_factory=dict)  # weights in place of the stage's own
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -143,7 +147,7 @@ def _data(plan: TrainPlan, stage: Stage, network: nn.Module, batch: int, rank: i
     sides: tuple[tuple[int, float], ...]
     if network.zoom_side < network.side:  # takes any size: crops at the zoom size mostly, larger ones so that it holds there too
         z = network.zoom_side
-        sides, whole = ((z, 0.7), (z * 8 // 5, 0.2), (z * 12 // 5, 0.1)), 0.15
+        sides, whole = tuple((round(z * s / 32) * 32, share) for s, share in stage.scales), 0.15
     else:
         sides, whole = ((network.side, 1.0),), 1.0
     depth = DepthFolder(plan.depth_maps) if plan.depth_maps and network.alpha is not None else None
@@ -201,6 +205,11 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
     if plan.stage not in STAGES:
         raise DepthsegError(f"no stage is called '{plan.stage}'", f"Stages: {', '.join(STAGES)}.")
     stage = STAGES[plan.stage]
+    if unknown := set(plan.losses) - set(stage.weights):
+        raise DepthsegError(f"stage {plan.stage} has no loss called {', '.join(sorted(unknown))}", f"It has {', '.join(stage.weights)}.")
+    stage = replace(
+        stage, weights={**stage.weights, **plan.losses}, boxes_share=stage.boxes_share if plan.boxes_share is None else plan.boxes_share
+    )
     device, dtype = _device(plan, int(os.environ.get("LOCAL_RANK", 0)))
     batch = plan.batch or stage.batch
     if batch % world:
@@ -222,7 +231,7 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
         steps = 10**7
     data = replace(data, steps=steps)
 
-    loss_module = tasks.loss_of(network, stage.weights.get("mask", 0), stage.weights.get("dice", 0), direct=True).to(device)
+    loss_module = tasks.loss_of(network, stage.weights.get("mask", 0), stage.weights.get("dice", 0), "direct" in stage.weights).to(device)
     forward: nn.Module = loss_module
     if world > 1:
         forward = nn.parallel.DistributedDataParallel(loss_module, find_unused_parameters=True)
