@@ -23,7 +23,7 @@ class View:
 
     rgb: Array  # (3, S, S) float32 normalised
     depth: Array | None  # (3, S, S)
-    target: Array  # (P, S/2, S/2) float32 0..1: share of each cell covered by the mask
+    target: Array  # (P, s, s) float32 0..1: share of each cell of the network's masks that the mask covers
     boxes: Array  # (P, 4) true boxes, xyxy in 0..1 of the square
     points: Array  # (P, TOKENS, 2) in the 1024 frame
     labels: Array  # (P, TOKENS)
@@ -96,6 +96,7 @@ def view(
     depth: Array | None,
     other: tuple[Sample, Array | None] | None,
     side: int,
+    stride: int,
     count: int,
     whole: float,
     boxes_share: float,
@@ -103,6 +104,7 @@ def view(
 ) -> View | None:
     """A random view of the sample with up to `count` prompted masks, or None when the crop shows none large enough.
 
+    stride: input pixels to one cell of the network's masks.
     whole: how often the whole picture is shown. boxes_share: share of the masks prompted with a box, the rest with clicks.
     """
     areas = masks.area(sample.rles).astype(float)
@@ -136,7 +138,7 @@ def view(
             continue
         box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float32) / side
         xy, sign = _prompt(square > 0.5, box, boxes_share, rng)
-        targets.append(square.reshape(side // 2, 2, side // 2, 2).mean((1, 3)))
+        targets.append(square.reshape(side // stride, stride, side // stride, stride).mean((1, 3)))
         boxes.append(box)
         points.append(xy * PROMPT_SIDE)
         labels.append(sign)

@@ -6,6 +6,7 @@ Also reads RGB + depth pairs (`rgb/`, `depth/`, a manifest). Knows nothing of cr
 import csv
 import io
 import json
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def _unzipped(path: Path) -> Path:
         import gzip
         import shutil
 
-        part = plain.with_suffix(".part")
+        part = plain.with_suffix(f".{os.getpid()}.part")  # processes of one training may meet here
         with gzip.open(path) as src, part.open("wb") as dst:
             shutil.copyfileobj(src, dst, 1 << 22)
         part.replace(plain)

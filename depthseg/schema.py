@@ -102,7 +102,6 @@ def _fit(h: int, w: int, side: int) -> tuple[int, int]:
     return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
 
 
-@lru_cache(maxsize=256)
 def _linear(n_in: int, n_out: int) -> Array:
     """(n_out, n_in) matrix of bilinear interpolation along one axis, half-pixel centres (torch's align_corners=False)."""
     at = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, None)
@@ -115,7 +114,7 @@ def _linear(n_in: int, n_out: int) -> Array:
     return m
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # two for each image of a batch; 4 MB for 4000 pixels
 def _upsampling(low: int, inner: int, original: int) -> Array:
     """(original, low) float32: low-resolution axis -> 1024 frame -> without the padding -> original pixels, composed.
 

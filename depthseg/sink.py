@@ -65,8 +65,9 @@ class Sink:
         """Take the folder. Raises DepthsegError if it is in use, holds something else, or a run with another plan."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise DepthsegError(f"the output {self.output} is a file", "Choose a folder.") from None
+            (self.output / ".lock").touch()
+        except OSError as e:
+            raise DepthsegError(f"cannot write to the output folder {self.output} ({e.strerror})", "Choose another with -o.") from None
         with contextlib.ExitStack() as undo:
             undo.enter_context(self._lock())
             self._claim()
@@ -104,7 +105,7 @@ class Sink:
             return
         try:
             earlier = json.loads(manifest.read_text("utf-8"))
-            plan, started = dict(earlier["plan"]), str(earlier["started"])
+            plan, resolved, started = dict(earlier["plan"]), _resolved(earlier["extra"]), str(earlier["started"])
         except (ValueError, KeyError, TypeError):
             raise DepthsegError(f"{manifest} is not from a run of depthseg", "Choose an empty or a new folder.") from None
         if self.overwrite:
@@ -117,6 +118,11 @@ class Sink:
             return
         new = self.plan.decisive()
         differ = [f"{name} (was {plan.get(name)!r}, is {new[name]!r})" for name in new if plan.get(name) != new[name]]
+        # `auto` may mean something else by now, and a file may have changed under its name
+        now = _resolved(self.extra)
+        differ += [
+            f"{role} (was {resolved.get(role)}, is {now.get(role)})" for role in now | resolved if now.get(role) != resolved.get(role)
+        ]
         if differ:
             raise DepthsegError(f"{self.output} holds a run with other options: {', '.join(differ)}", _NEXT)
         self._started = started
@@ -134,7 +140,7 @@ class Sink:
                 with contextlib.suppress(ValueError, KeyError):
                     head = json.loads(line.partition(b', "instances": ')[0] + b"}")
                     image = known.get(head["key"])
-                    if image is None or (head["bytes"] == _bytes(image) and set(self._made) <= set(head["pictures"])):
+                    if image is None or (head["file"] == _stamp(image) and set(self._made) <= set(head["pictures"])):
                         self._offsets[head["key"]] = end
                 end += len(line)
         self._journal.truncate(end)
@@ -166,7 +172,7 @@ class Sink:
                 "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],  # COCO's xywh
                 "segmentation": {"size": list(rle["size"]), "counts": rle["counts"]},
             })  # fmt: skip
-        head = {"key": key, "id": image.id, "size": list(image.size), "bytes": _bytes(image), "pictures": self._made}
+        head = {"key": key, "id": image.id, "size": list(image.size), "file": _stamp(image), "pictures": self._made}
         seconds = {stage: round(s, 5) for stage, s in record.seconds.items()}
         line = json.dumps(head | {"instances": instances, "seconds": seconds, "plan": record.plan}).encode() + b"\n"
         self._journal.write(line)
@@ -253,12 +259,21 @@ def _json_file(path: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def _bytes(image: Image) -> int | None:
-    """Size of the picture's file: tells whether another picture has taken its name. None without a file."""
+def _stamp(image: Image) -> list[int] | None:
+    """Size and time of the picture's file: tell whether another picture has taken its name. None without a file."""
     try:
-        return os.stat(image.path).st_size if image.path else None
+        about = os.stat(image.path) if image.path else None
     except OSError:
         return None
+    return [about.st_size, about.st_mtime_ns] if about else None
+
+
+def _resolved(extra: dict) -> dict[str, str]:
+    """What made the masks, by role: names, with the hash of their file, and the precision."""
+    roles = {
+        k: " ".join(str(v[n]) for n in ("name", "sha256") if v.get(n)) for k, v in extra.items() if isinstance(v, dict) and "name" in v
+    }
+    return roles | ({"precision": str(extra["precision"])} if "precision" in extra else {})
 
 
 def _now() -> str:

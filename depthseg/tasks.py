@@ -4,6 +4,7 @@ A batch is a function of (seed, step, rank) alone, so a resumed run sees the sam
 weighs and sums them.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from depthseg import losses, masks, sa1b
 from depthseg.augment import View, view
 from depthseg.depth import DepthFolder
-from depthseg.models.boxes import BoxNet
+from depthseg.models.boxes import STRIDES, BoxNet
 from depthseg.models.depthnet import DepthNet
 from depthseg.models.depthseg import DepthSeg
 from depthseg.schema import CORNER_MIN, NEGATIVE, POSITIVE, Array, Frame, Image
@@ -27,6 +28,17 @@ def _rng(seed: int, step: int, rank: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, rank])
 
 
+def _readable(entries: list[sa1b.Entry], chance: Array, rng: np.random.Generator) -> tuple[sa1b.Entry, sa1b.Sample]:
+    """A random sample; one that cannot be read is passed over, but not twenty in a row."""
+    for _ in range(20):
+        entry = entries[rng.choice(len(entries), p=chance)]
+        try:
+            return entry, sa1b.load(entry)
+        except ValueError as e:
+            reason = str(e)
+    raise ValueError(f"twenty training samples in a row cannot be read, the last: {reason}")
+
+
 @dataclass
 class MaskData:
     """Batches of views with prompts, and of depth where there are maps of the pictures."""
@@ -37,6 +49,7 @@ class MaskData:
     batch: int
     masks: int  # per view
     sides: tuple[tuple[int, float], ...]  # encoder inputs and how often
+    stride: int  # input pixels to one cell of the network's masks
     whole: float
     boxes_share: float
     paste: float
@@ -48,8 +61,7 @@ class MaskData:
         return self.steps
 
     def _draw(self, rng: np.random.Generator) -> tuple[sa1b.Sample, Array | None]:
-        entry = self.entries[rng.choice(len(self.entries), p=self.chance)]
-        sample = sa1b.load(entry)
+        entry, sample = _readable(self.entries, self.chance, rng)
         if self.depth is None:
             return sample, None
         h, w = sample.pixels.shape[:2]
@@ -63,10 +75,14 @@ class MaskData:
         # larger inputs come in smaller batches, so that a step costs about the same
         count = max(1, round(self.batch * (min(sides) / side) ** 2))
         views: list[View] = []
-        while len(views) < count:
+        for tried in itertools.count():
+            if len(views) == count:
+                break
+            if tried > 200 * count:
+                raise ValueError("the training samples show no mask large enough to learn from")
             sample, depth = self._draw(rng)
             other = self._draw(rng) if rng.random() < self.paste else None
-            if v := view(sample, depth, other, side, self.masks, self.whole, self.boxes_share, rng):
+            if v := view(sample, depth, other, side, self.stride, self.masks, self.whole, self.boxes_share, rng):
                 views.append(v)
         out = {
             "rgb": np.stack([v.rgb for v in views]),
@@ -245,8 +261,8 @@ class BoxData:
         rng = _rng(self.seed, step, self.rank)
         side = BoxNet.side
         rgb, boxes, owner = [], [], []
-        for n, i in enumerate(rng.choice(len(self.entries), self.batch, p=self.chance)):
-            sample = sa1b.load(self.entries[i])
+        for n in range(self.batch):
+            _, sample = _readable(self.entries, self.chance, rng)
             h, w = sample.pixels.shape[:2]
             share = rng.uniform(0.45, 1) if rng.random() < 0.7 else 1.0
             ch, cw = int(h * share), int(w * share)
@@ -297,7 +313,7 @@ class BoxLoss(nn.Module):
         match = torch.full_like(logits, -1, dtype=torch.long)
         strides = cells[:, 2]
         low, high = (torch.zeros_like(strides) for _ in range(2))
-        for stride, (a, b) in zip((8, 16, 32), self.REACH, strict=True):
+        for stride, (a, b) in zip(STRIDES, self.REACH, strict=True):
             low[strides == stride], high[strides == stride] = a, b
         for k in longest.argsort(descending=True).tolist():  # small objects last: they win a contested cell
             near = (cells[:, :2] - centre[k]).abs() <= torch.maximum(

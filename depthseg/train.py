@@ -33,11 +33,14 @@ from torch.utils.data import DataLoader
 
 from depthseg import __version__, catalog, sa1b, tasks
 from depthseg.depth import DepthFolder
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.errors import DepthsegError
+from depthseg.formats import atomic
 from depthseg.models import checkpoint
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
 from depthseg.models.depthseg import DepthSeg
+from depthseg.schema import Image
+from depthseg.segment import device_of, precision_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def _network(plan: TrainPlan, stage: Stage) -> nn.Module:
     else:
         entry = catalog.row(catalog.MODELS, plan.model, "model")
         network = catalog.resolve(entry)(**entry.args)
+    if stage.task == "masks" and plan.stage != "0" and not plan.init:
+        raise DepthsegError(f"stage {plan.stage} starts from a trained model", "Pass --init with its weights.")
     if plan.init:
         if stage.task == "masks":
             checkpoint.load_into(network, Path(plan.init))
@@ -151,19 +156,21 @@ def _data(plan: TrainPlan, stage: Stage, network: nn.Module, batch: int, rank: i
     else:
         sides, whole = ((network.side, 1.0),), 1.0
     depth = DepthFolder(plan.depth_maps) if plan.depth_maps and network.alpha is not None else None
-    return tasks.MaskData(entries, chance, depth, masks=plan.masks or stage.masks, sides=sides, whole=whole,
+    if depth:  # a map that is missing shall not end the run hours later
+        depth.check([Image(e.key, 0, e.root / e.key, (0, 0)) for e in entries])
+    return tasks.MaskData(entries, chance, depth, masks=plan.masks or stage.masks, sides=sides, stride=network.mask_stride, whole=whole,
                           boxes_share=stage.boxes_share, paste=stage.paste, **common), len(entries)  # fmt: skip
 
 
 def _device(plan: TrainPlan, local: int) -> tuple[torch.device, torch.dtype | None]:
-    name = plan.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DepthsegError("no CUDA device is here", "Pass --device cpu.", MISSING_PIECE)
-    device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
-    # bf16 on a CPU makes the backward pass slower than fp32 does
-    precision = plan.precision if plan.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+    device = device_of(plan.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local)
+    precision = precision_of(plan.precision, device)
+    if precision == "fp16" and plan.precision == "auto":
+        precision = "fp32"
+    if precision == "fp16":
+        raise DepthsegError("training in fp16 would need loss scaling, which is not built", "Use --precision bf16 or fp32.")
     return device, {"fp32": None, "bf16": torch.bfloat16}[precision]
 
 
@@ -190,9 +197,21 @@ def _ema(decay: float) -> Callable:
 
 
 def _save(path: Path, state: dict) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    with atomic(path) as part:
+        torch.save(state, part)
+
+
+def _same_run(plan: TrainPlan, out: Path) -> None:
+    """Refuse to go on with other options than the run began with; those that only steer its course may change."""
+    free = {"steps", "epochs", "minutes", "workers", "save_every", "device", "output"}
+    try:
+        before = json.loads((out / "plan.json").read_text())
+    except (OSError, ValueError) as e:
+        raise DepthsegError(f"{out} has a checkpoint but no readable plan.json", "Start anew in another --output.") from e
+    now = json.loads(json.dumps(asdict(plan)))
+    differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in free and before.get(k) != v]
+    if differ:
+        raise DepthsegError(f"{out} holds a run with other options: {', '.join(differ)}", "Use the same, or another --output.")
 
 
 def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None] | None = None) -> Path:
@@ -226,20 +245,24 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
     for name, p in network.named_parameters():
         p.requires_grad_(name.startswith(stage.learns))
     data, epoch = _data(plan, stage, network, batch // world, rank)
-    steps = plan.steps or max(1, round((plan.epochs or stage.epochs) * epoch / batch))
-    if plan.minutes:
+    if plan.minutes is not None:
         steps = 10**7
+    elif plan.steps is not None:
+        steps = plan.steps
+    else:
+        steps = max(1, round((stage.epochs if plan.epochs is None else plan.epochs) * epoch / batch))
     data = replace(data, steps=steps)
 
     loss_module = tasks.loss_of(network, stage.weights.get("mask", 0), stage.weights.get("dice", 0), "direct" in stage.weights).to(device)
     forward: nn.Module = loss_module
     if world > 1:
         forward = nn.parallel.DistributedDataParallel(loss_module, find_unused_parameters=True)
-    lr = plan.lr or stage.lr
+    lr = stage.lr if plan.lr is None else plan.lr
     optimizer = torch.optim.AdamW(_groups(network, stage.decay), lr=lr, betas=stage.betas)
     average = AveragedModel(network, multi_avg_fn=_ema(plan.ema), use_buffers=True)
     step, spent = 0, 0.0
     if resume and last.exists():
+        _same_run(plan, out)
         state = torch.load(last, map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
@@ -248,7 +271,8 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
         step, spent = state["step"], state["spent"]
     elif rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "plan.json").write_text(json.dumps({**asdict(plan), "version": __version__, "steps": steps}, indent=1))
+        with atomic(out / "plan.json") as part:
+            part.write_text(json.dumps({**asdict(plan), "version": __version__}, indent=1))
 
     def save() -> None:
         if rank == 0:
@@ -266,7 +290,11 @@ def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None
         for module in network.children():
             module.train(any(p.requires_grad for p in module.parameters()))
     for b in loader:
-        done = (spent + time.monotonic() - begun) / 60 / plan.minutes if plan.minutes else step / steps
+        done = (spent + time.monotonic() - begun) / 60 / max(plan.minutes, 1e-9) if plan.minutes is not None else step / steps
+        if world > 1 and plan.minutes is not None:  # one clock for all
+            clock = torch.tensor(done, dtype=torch.float64, device=device)
+            dist.broadcast(clock, 0)
+            done = float(clock)
         if done >= 1:
             break
         warm = min(1.0, (step + 1) / 60)

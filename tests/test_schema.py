@@ -118,3 +118,13 @@ def test_arrays_that_do_not_match_are_refused():
     assert len(Boxes.empty()) == 0
     kept = Boxes(np.arange(12).reshape(3, 4), np.array([0.1, 0.2, 0.3]), np.array([7, 8, 9])).keep(np.array([2, 0]))
     assert kept.label.tolist() == [9, 7] and kept.xyxy[0].tolist() == [8, 9, 10, 11]
+
+
+def test_memory_does_not_grow_with_the_number_of_sizes():
+    """Interpolation matrices are kept for a few sizes only: a folder may hold as many sizes as pictures."""
+    from depthseg import schema
+
+    for i in range(40):
+        Frame((300 + i, 400 - i), 512).logits(np.zeros((256, 256), np.float32))
+    assert schema._upsampling.cache_info().currsize <= 16
+    assert not hasattr(schema._linear, "cache_info")

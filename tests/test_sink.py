@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, images, overwrite):
     with pytest.raises(DepthsegError, match="not from a run"):
         run(tmp_path / "other", images, overwrite=overwrite)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DepthsegError, match="is a file"):
+    with pytest.raises(DepthsegError, match="File exists"):
         run(tmp_path / "file", images, overwrite=overwrite)
 
 
@@ -260,3 +260,15 @@ def test_keys_with_hostile_characters_come_back(tmp_path):
     run(tmp_path / "out", [image])
     with Sink(tmp_path / "out", PLAN, [image], {}) as sink:
         assert sink.done == {key}
+
+
+def test_a_run_goes_on_only_with_the_same_resolved_pieces(tmp_path, images):
+    """`auto` may mean another detector later: the plan is the same then, the masks are not."""
+    pieces = {"detector": {"name": "nano", "sha256": "a"}, "precision": "fp32"}
+    with Sink(tmp_path / "out", Plan(), images, pieces):
+        pass
+    for changed in ({**pieces, "detector": {"name": "yolov8m", "sha256": "b"}}, {**pieces, "precision": "bf16"}):
+        with pytest.raises(DepthsegError, match="other options"), Sink(tmp_path / "out", Plan(), images, changed):
+            pass
+    with Sink(tmp_path / "out", Plan(), images, pieces) as sink:
+        assert not sink.done

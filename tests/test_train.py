@@ -86,7 +86,7 @@ def test_views_keep_prompt_and_mask_together(root) -> None:
     rng = np.random.default_rng(0)
     seen = set()
     for i in range(60):
-        v = view(samples[i % 4], depth, (samples[(i + 1) % 4], depth) if i % 2 else None, 96, 3, 0.2, 0.5, rng)
+        v = view(samples[i % 4], depth, (samples[(i + 1) % 4], depth) if i % 2 else None, 96, 2, 3, 0.2, 0.5, rng)
         if v is None:
             continue
         assert v.rgb.shape == v.depth.shape == (3, 96, 96) and v.target.shape[1:] == (48, 48)

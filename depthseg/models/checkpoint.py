@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.formats import atomic
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -17,15 +18,25 @@ def read(path: Path) -> dict[str, Tensor]:
     Never executes code from the file. Raises DepthsegError when there is no such file or it is no checkpoint.
     """
     if not path.is_file():
-        raise DepthsegError(f"no such weights file: {path}", "Check the path given with --weights.", MISSING_PIECE)
+        raise DepthsegError(f"no such weights file: {path}", "Check the path.", MISSING_PIECE)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OSError,
+    ) as e:
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise DepthsegError(f"{path} is not a readable checkpoint ({reason})", "The file may be cut off: fetch it again.") from e
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise DepthsegError(f"{path} holds no plain table of weights", "Expected an EfficientViT-SAM or depthseg checkpoint.")
     return state
 
@@ -66,7 +77,5 @@ def load_into(network: nn.Module, path: Path) -> None:
 def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write inference weights as fp16 safetensors, under a temporary name first."""
     state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(state, part, metadata)
-    part.replace(path)
+    with atomic(path) as part:
+        save_file(state, part, metadata)

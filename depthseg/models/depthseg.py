@@ -29,6 +29,7 @@ class DepthSeg(SamHead):
         self.variant = variant
         self.side = v.side
         self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box
+        self.mask_stride = v.side // 256  # input pixels to one cell of the low-resolution masks
         self.single_mask_for = "unambiguous" if v.skips else "never"
         self.image_encoder = ImageEncoder(variant)
         self.depth_encoder = ImageEncoder(variant) if depth else None
