@@ -26,7 +26,16 @@ class Row:
     input: int = 0  # side of the network's input in pixels
     licence: str = ""
     note: str = ""
+    role: str = "model"  # a key of WAYS
 
+
+_PULL = "run again with --pull on a machine with a network"
+WAYS = {  # how to go on without the weights of a model, a detector or a depth estimator
+    "model": f"pass --weights PATH, or {_PULL}",
+    "detector": f"give --boxes FILE, use --detector nano or grid, or {_PULL}",
+    "depth": f"give --depth FOLDER with depth maps, use --depth nano, or {_PULL}",
+}
+FREE_LICENCES = ("", "Apache-2.0")
 
 _OFFICIAL = "mit-han-lab/efficientvit-sam"
 _NANO = "research only: trained on sources with non-commercial terms, see weights/nano/README.md"
@@ -55,7 +64,8 @@ def _models() -> dict[str, Row]:
 
 
 def _depths() -> dict[str, Row]:
-    rows = {"nano": Row("depthseg.depth:NanoDepth", file="nano/nano-depth-estimator.safetensors", input=256, licence=_NANO)}
+    file = "nano/nano-depth-estimator.safetensors"
+    rows = {"nano": Row("depthseg.depth:NanoDepth", file=file, input=256, licence=_NANO, role="depth")}
     for version, owner, prefix in (
         ("v2", "depth-anything", "Depth-Anything-V2-{}-hf"),
         ("v1", "LiheYoung", "depth-anything-{}-hf"),
@@ -69,14 +79,15 @@ def _depths() -> dict[str, Row]:
                 input=518,
                 licence="Apache-2.0" if free else "CC-BY-NC-4.0",
                 note="" if free else "non-commercial use only",
+                role="depth",
             )
     return rows
 
 
 def _detectors() -> dict[str, Row]:
     rows = {
-        "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=384, licence=_NANO),
-        "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes"),
+        "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=384, licence=_NANO, role="detector"),
+        "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector"),
     }
     for size in "nsmlx":
         rows[f"yolov8{size}"] = Row(
@@ -85,6 +96,7 @@ def _detectors() -> dict[str, Row]:
             url=f"https://github.com/ultralytics/assets/releases/download/v8.3.0/yolov8{size}.pt",
             input=640,
             licence="AGPL-3.0",
+            role="detector",
         )
     return rows
 
@@ -130,8 +142,22 @@ def require(entry: Row, name: str) -> Path:
     """Like `find`, but a missing file is an error that names the ways out (exit code 5)."""
     if path := find(entry):
         return path
-    ways = "pass --weights PATH, or run again with --pull on a machine with a network"
-    raise DepthsegError(f"the weights of {name} ({entry.file}) are not on this machine", f"To get them: {ways}.", MISSING_PIECE)
+    raise missing(f"the weights of {name} ({entry.file}) are not on this machine", entry.role)
+
+
+def missing(message: str, role: str) -> DepthsegError:
+    """The error for weights that are not here, with the ways out for this role."""
+    return DepthsegError(message, f"Ways out: {WAYS[role]}.", MISSING_PIECE)
+
+
+def terms(chosen: dict[str, Row]) -> list[str]:
+    """What a user must know about the rows that are used, equal terms together. Keys are the words for the rows."""
+    pieces: dict[str, list[str]] = {}
+    for name, entry in chosen.items():
+        for text in (f"licence {entry.licence}" if entry.licence not in FREE_LICENCES else "", entry.note):
+            if text:
+                pieces.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in pieces.items()]
 
 
 def resolve(entry: Row) -> Any:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,25 +20,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from depthseg import __version__, catalog
+from depthseg import options as opt
 from depthseg.errors import SOME_FAILED, DepthsegError
-from depthseg.options import (
-    DEPTH,
-    INPUT,
-    MODEL,
-    OUTPUT,
-    PROMPTS,
-    RUN,
-    Batch,
-    Confidence,
-    Debug,
-    DepthName,
-    DetectorName,
-    Device,
-    ModelName,
-    Precision,
-    Weights,
-    Zoom,
-)
+from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, PROMPTS, RUN
 from depthseg.plan import Plan
 
 LINE_EVERY = 10.0  # seconds between plain progress lines where stderr is no terminal
@@ -77,48 +62,27 @@ def segment(
     demo: Annotated[
         bool, typer.Option("--demo", help="Segment the photographs that installed packages carry.", rich_help_panel=INPUT)
     ] = False,
-    detector: DetectorName = Plan.detector,
-    boxes: Annotated[
-        str | None,
-        typer.Option(help="COCO detection results (JSON) instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE"),
-    ] = Plan.boxes,
-    images_json: Annotated[
-        Path | None,
-        typer.Option(help="COCO images file that gives the names to --boxes' image_id.", rich_help_panel=PROMPTS, metavar="FILE"),
-    ] = None,
-    points: Annotated[
-        str | None,
-        typer.Option(help="Clicks from a file instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE"),
-    ] = Plan.points,
-    confidence: Confidence = Plan.confidence,
-    max_boxes: Annotated[int, typer.Option(min=1, help="Boxes of one image, best first.", rich_help_panel=PROMPTS)] = Plan.max_boxes,
-    points_per_side: Annotated[
-        int, typer.Option(min=1, help="grid: points along each side.", rich_help_panel=PROMPTS)
-    ] = Plan.points_per_side,
-    min_predicted_iou: Annotated[
-        float, typer.Option(min=0, max=1, help="grid: drop masks under this predicted IoU.", rich_help_panel=PROMPTS)
-    ] = Plan.min_predicted_iou,
-    min_stability: Annotated[
-        float, typer.Option(min=0, max=1, help="grid: drop masks under this stability.", rich_help_panel=PROMPTS)
-    ] = Plan.min_stability,
-    nms: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="grid, nano: drop masks that overlap a better one by more (IoU).", rich_help_panel=PROMPTS),
-    ] = Plan.nms,
-    min_region: Annotated[
-        int, typer.Option(min=0, help="grid: fill holes and drop islands smaller than this, in pixels.", rich_help_panel=PROMPTS)
-    ] = Plan.min_region,
-    depth: DepthName = Plan.depth,
-    model: ModelName = Plan.model,
-    weights: Weights = Plan.weights,
-    zoom: Zoom = Plan.zoom,
-    device: Device = Plan.device,
-    precision: Precision = Plan.precision,  # type: ignore[assignment]  # a str in Plan, one of four here
-    batch: Batch = Plan.batch,
+    detector: opt.DetectorName = Plan.detector,
+    boxes: opt.Boxes = Plan.boxes,
+    images_json: opt.ImagesJson = None,
+    points: opt.Points = Plan.points,
+    confidence: opt.Confidence = Plan.confidence,
+    max_boxes: opt.MaxBoxes = Plan.max_boxes,
+    points_per_side: opt.PointsPerSide = Plan.points_per_side,
+    min_predicted_iou: opt.MinPredictedIou = Plan.min_predicted_iou,
+    min_stability: opt.MinStability = Plan.min_stability,
+    nms: opt.Nms = Plan.nms,
+    min_region: opt.MinRegion = Plan.min_region,
+    depth: opt.DepthName = Plan.depth,
+    model: opt.ModelName = Plan.model,
+    weights: opt.Weights = Plan.weights,
+    zoom: opt.Zoom = Plan.zoom,
+    device: opt.Device = Plan.device,
+    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]  # a str in Plan, one of four here
+    batch: opt.Batch = Plan.batch,
     prompt_batch: Annotated[
         int, typer.Option(min=1, help="Prompts in one call of the decoder.", rich_help_panel=MODEL)
     ] = Plan.prompt_batch,
-    seed: Annotated[int, typer.Option(help="Seed of whatever is random.", rich_help_panel=MODEL)] = Plan.seed,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -142,7 +106,7 @@ def segment(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds other results.", rich_help_panel=RUN)
     ] = False,
-    debug: Debug = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Write the masks of every image into a folder.
 
@@ -155,11 +119,12 @@ def segment(
     """
     values = locals()
     plan = Plan(**{f.name: values[f.name] for f in fields(Plan)})
-    _check_names(plan)
+    opt.check_names(plan)
     if not paths and not demo:
         raise DepthsegError("nothing to segment was named", "Give images or folders, or --demo for photographs that are here already.")
     if output is None and not demo:
         raise DepthsegError("no output folder was named", "Add -o OUT.")
+    opt.check_files(plan, images_json, pull)
     out = output or Path("depthseg-demo")
     again = f"stopped; run the same command again to go on in {out}"
     with contextlib.redirect_stdout(sys.stderr), _interruptible(again):  # libraries that print must not spoil stdout
@@ -176,13 +141,16 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
     named = [p for p in paths if p != "-"]
     named += data.from_list(sys.stdin) if "-" in paths else []
     sink.check_output(out, named)
-    images = data.find([*(str(image.path) for image in (data.demo() if demo else [])), *named], exclude=out)
+    images = data.find([*(data.demo() if demo else []), *named], exclude=out)
 
     from depthseg.segment import Segmenter  # torch: only once the paths are known to be right
 
-    segmenter = Segmenter(plan, pull=pull, images_json=images_json)
+    with _downloads() as fetched:
+        segmenter = Segmenter(plan, pull=pull, images_json=images_json, progress=fetched)
     for note in segmenter.notes:
         _say(note)
+    for warning in segmenter.expect(images):
+        _say(warning)
 
     masks, failed = 0, 0
     with sink.Sink(out, plan, images, segmenter.provenance, overwrite=overwrite) as written:
@@ -193,14 +161,18 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
         with _progress("images") as show:
             show(0, len(todo))
             for done, answer in enumerate(segmenter.segment(todo), 1):
-                if isinstance(answer, data.Failure):
+                failure = answer if isinstance(answer, data.Failure) else None
+                if not isinstance(answer, data.Failure):
+                    try:
+                        written.write(answer)
+                        masks += len(answer.masks)
+                    except OSError as error:
+                        failure = data.not_written(answer.image, error)
+                if failure:
                     failed += 1
                     if failed <= FAILURES_SHOWN:
-                        _say(f"failed: {answer.image.key}: {answer.reason}")
-                    written.failed(answer)
-                else:
-                    masks += len(answer.masks)
-                    written.write(answer)
+                        _say(f"failed: {failure.image.key}: {failure.reason}")
+                    written.failed(failure)
                 show(done, len(todo))
         seconds = time.monotonic() - start
     if todo:
@@ -225,18 +197,18 @@ def evaluate(
     ] = "box",
     clicks: Annotated[str, typer.Option(help="point: score after so many clicks.", rich_help_panel=PROMPTS)] = "1,3,5",
     subset: Annotated[int | None, typer.Option(min=1, help="Score only the first N images.", rich_help_panel=INPUT, metavar="N")] = None,
-    detector: DetectorName = Plan.detector,
-    confidence: Confidence = Plan.confidence,
-    depth: DepthName = Plan.depth,
-    model: ModelName = Plan.model,
-    weights: Weights = Plan.weights,
-    zoom: Zoom = Plan.zoom,
-    device: Device = Plan.device,
-    batch: Batch = Plan.batch,
+    detector: opt.DetectorName = Plan.detector,
+    confidence: opt.Confidence = Plan.confidence,
+    depth: opt.DepthName = Plan.depth,
+    model: opt.ModelName = Plan.model,
+    weights: opt.Weights = Plan.weights,
+    zoom: opt.Zoom = Plan.zoom,
+    device: opt.Device = Plan.device,
+    batch: opt.Batch = Plan.batch,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for report.json.", rich_help_panel=OUTPUT, metavar="DIR")
     ] = None,
-    debug: Debug = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Score a model against COCO ground truth.
 
@@ -244,29 +216,30 @@ def evaluate(
     [bold]depthseg eval --images val/ --annotations instances_val.json --prompt point --clicks 1,3,5 -o report[/bold]
     """
     plan = Plan(model=model, weights=weights, depth=depth, zoom=zoom, device=device, batch=batch, detector=detector, confidence=confidence)
-    _check_names(plan)
+    opt.check_names(plan)
     try:
         counts = tuple(int(n) for n in clicks.split(","))
     except ValueError:
         raise DepthsegError(f"--clicks {clicks} is not a list of numbers", "Write it like 1,3,5.") from None
+    if annotations is None and prompt != "depth":
+        raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
+    if output:
+        _take(output)
     with contextlib.redirect_stdout(sys.stderr), _interruptible("stopped; nothing was written"):
         from depthseg.evaluate import evaluate as score
 
         with _progress("images") as show:
-            if prompt == "depth":
+            if annotations is None or prompt == "depth":
                 from depthseg.evaluate import evaluate_depth
-                from depthseg.segment import depth_estimator, depth_name, device_of, precision_of
 
-                where = device_of(device)
-                estimator, _ = depth_estimator(depth_name(depth, pull=False), where, precision_of("auto", where), pull=False)
-                report = evaluate_depth(images, estimator, progress=show)
-            elif annotations is None:
-                raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
+                report = evaluate_depth(images, _estimator(depth, device, "auto", pull=False).estimator, progress=show)
             else:
                 report = score(images, annotations, prompt=prompt, clicks=counts, plan=plan, subset=subset, progress=show)
+                for note in report["notes"]:
+                    _say(note)
     if output:
         _write_json(output / "report.json", report)
-    _table(["score", "value"], [[k, _number(v)] for k, v in report.items() if not isinstance(v, dict | str)])
+    _table(["score", "value"], [[k, _number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
     typer.echo(report["protocol"])
 
 
@@ -274,36 +247,47 @@ def evaluate(
 def depth_maps(
     paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the maps.", rich_help_panel=OUTPUT, metavar="DIR")],
-    depth: DepthName = Plan.depth,
-    device: Device = Plan.device,
-    precision: Precision = Plan.precision,  # type: ignore[assignment]
-    batch: Batch = Plan.batch,
+    depth: opt.DepthName = Plan.depth,
+    device: opt.Device = Plan.device,
+    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    batch: opt.Batch = Plan.batch,
     pull: Annotated[bool, typer.Option("--pull", help="Fetch missing weights first.", rich_help_panel=RUN)] = False,
-    debug: Debug = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Write a depth map of every image: 16-bit PNG, near is bright, named like the image.
 
     [bold]depthseg depth sa1b/ -o maps[/bold]   then   [bold]depthseg train --depth-maps maps[/bold] or [bold]segment --depth maps[/bold]
     """
     plan = Plan(depth=depth, device=device, precision=precision, batch=batch)
-    _check_names(plan)
+    opt.check_names(plan)
     with contextlib.redirect_stdout(sys.stderr), _interruptible(f"stopped; the maps in {output} are whole"):
         from depthseg import data, sink
 
         sink.check_output(output, paths)
         images = data.find(paths, exclude=output)
+        _take(output)
         from depthseg.depth import write_maps
-        from depthseg.segment import depth_estimator, depth_name, device_of, precision_of
 
-        where = device_of(device)
-        estimator, _ = depth_estimator(depth_name(depth, pull), where, precision_of(precision, where), pull)
+        chosen = _estimator(depth, device, precision, pull)
         with _progress("maps") as show:
-            failed = write_maps(images, estimator, output, batch, show)
+            failed = write_maps(images, chosen.estimator, chosen.name, output, batch, show)
         for failure in failed[:FAILURES_SHOWN]:
             _say(f"failed: {failure.image.key}: {failure.reason}")
     typer.echo(output)
     if failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _estimator(choice: str, device: str, precision: str, pull: bool) -> Any:
+    """The depth estimator that works alone, announced with its terms."""
+    from depthseg.depth import depth_estimator
+    from depthseg.segment import device_of, precision_of
+
+    where = device_of(device)
+    chosen = depth_estimator(choice, where, precision_of(precision, where), pull)
+    for note in (chosen.note, *catalog.terms({f"depth {chosen.name}": catalog.DEPTHS[chosen.name]})):
+        _say(note)
+    return chosen
 
 
 @app.command()
@@ -314,7 +298,7 @@ def train(
     ],
     data: Annotated[list[Path], typer.Option(help="SA-1B layout, folder or tars; repeatable.", rich_help_panel=INPUT, metavar="ROOT")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of checkpoints and curves.", rich_help_panel=OUTPUT)],
-    model: ModelName = Plan.model,
+    model: opt.ModelName = Plan.model,
     init: Annotated[str | None, typer.Option(help="Start from these weights.", rich_help_panel=MODEL, metavar="FILE")] = None,
     depth_maps: Annotated[
         str | None, typer.Option(help="Folder of depth maps of the images.", rich_help_panel=DEPTH, metavar="DIR")
@@ -348,9 +332,9 @@ def train(
     lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate, instead of the stage's own.", rich_help_panel=RUN)] = None,
     seed: Annotated[int, typer.Option(rich_help_panel=RUN)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.", rich_help_panel=RUN)] = False,
-    device: Device = Plan.device,
-    precision: Precision = Plan.precision,  # type: ignore[assignment]
-    debug: Debug = False,
+    device: opt.Device = Plan.device,
+    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    debug: opt.Debug = False,
 ) -> None:
     """Train a model on masks, by the two stages of the paper.
 
@@ -365,6 +349,7 @@ def train(
         shares, losses = ({k: float(v) for k, _, v in (m.rpartition("=") for m in given or [])} for given in (mix, loss))
     except ValueError:
         raise DepthsegError("--mix and --loss take NAME=NUMBER", "Write them like --mix coco=3 --loss dice=2.") from None
+    _take(output)
     again = "stopped; run the same command with --resume to go on from the newest checkpoint"
     with contextlib.redirect_stdout(sys.stderr), _interruptible(again):
         from depthseg.train import TrainPlan
@@ -399,7 +384,7 @@ def train(
 def models(
     names: Annotated[list[str] | None, typer.Argument(help="Measure these; without a name all are listed.", show_default=False)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Count parameters and multiply-adds of every segmentation model.")] = False,
-    debug: Debug = False,
+    debug: opt.Debug = False,
 ) -> None:
     """List what can be chosen: models, depth estimators, detectors, their terms and whether their weights are here.
 
@@ -449,13 +434,14 @@ def _listed() -> None:
         typer.echo(f"{', '.join(dict.fromkeys(which))}: {text}")
 
 
-def _check_names(plan: Plan) -> None:
-    """Refuse unknown names before anything heavy is imported."""
-    catalog.row(catalog.MODELS, plan.model, "model")
-    if plan.detector != "auto":
-        catalog.row(catalog.DETECTORS, plan.detector, "detector")
-    if plan.depth not in ("auto", "none") and not Path(plan.depth).exists():
-        catalog.row(catalog.DEPTHS, plan.depth, "depth estimator, file or folder")
+def _take(folder: Path) -> None:
+    """Make the output folder, or refuse it before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DepthsegError(f"cannot write to {folder} ({error.strerror})", "Choose another folder with -o.") from None
 
 
 @contextlib.contextmanager
@@ -502,6 +488,20 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total, speed=f"{done / seconds:.2f}/s" if done else "")
 
         yield move
+
+
+@contextlib.contextmanager
+def _downloads() -> Iterator[Callable[[int, int], None]]:
+    """A function of bytes (done, total) that shows a download, from its first call on."""
+    with contextlib.ExitStack() as open_bars:
+        show: Callable[[int, int], None] | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal show
+            show = show or open_bars.enter_context(_progress("MiB"))
+            show(done >> 20, max(done, total) >> 20)  # a server need not say the total
+
+        yield tell
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ Pillow is the only decoder. Every kind of picture (grey, 16 bit, palette, CMYK, 
 and what cannot be read raises Unreadable with the cause. Knows nothing of detectors, masks or output folders.
 """
 
+import errno
 import importlib.util
 import os
 import stat
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from glob import has_magic, iglob
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
@@ -22,6 +23,8 @@ from PIL import Image as PILImage
 
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array, Image
+
+T = TypeVar("T")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 
@@ -56,9 +59,17 @@ class Failure:
     reason: str
 
 
+def not_written(image: Image, error: OSError) -> Failure:
+    """The Failure of an image whose results the file system refuses; a full disk is no matter of one image and is raised."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    return Failure(image, "write", error.strerror or str(error))
+
+
 def find(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image]:
     """The images below files, folders and globs, in the order of the inputs, each folder sorted; sizes are (0, 0) until read.
 
+    A file that is named is taken whatever it is called; folders and globs give files with EXTENSIONS.
     A key is the path below the given folder, or a file's name. Inputs whose keys collide get as many of their own parent
     folders in front as it takes to differ. Hidden files are skipped, and so is everything in `exclude`, the output folder.
     Raises DepthsegError for a path that does not exist, and with code NOTHING_TO_DO when there is no image.
@@ -66,14 +77,14 @@ def find(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image
     files: dict[str, tuple[int, str]] = {}  # absolute path -> index of its root, key below it
     roots: list[list[str]] = []  # folder names that may go in front of a key, outermost first
     skipped = os.path.abspath(exclude) if exclude else None
-    for path in _expand(paths):
+    for path, named in _expand(paths):
         absolute = os.path.abspath(path)
         folder = os.path.isdir(absolute)
         drive, *names = Path(absolute if folder else os.path.dirname(absolute)).parts
         roots.append([name for name in (drive.strip(":\\/"), *names) if name])
         if folder:
             found = sorted(_walk(absolute, skipped))
-        elif absolute.lower().endswith(EXTENSIONS) and not (skipped and Path(absolute).is_relative_to(skipped)):
+        elif (named or absolute.lower().endswith(EXTENSIONS)) and not (skipped and Path(absolute).is_relative_to(skipped)):
             found = [os.path.basename(absolute)]
         else:
             found = []
@@ -87,13 +98,13 @@ def find(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image
     return [Image(key, id, Path(path), (0, 0)) for key, id, path in zip(keys, _ids(keys), files, strict=True)]
 
 
-def _expand(paths: Sequence[str | Path]) -> Iterator[str]:
-    """The paths with globs replaced by what they match: some shells leave that to the program."""
+def _expand(paths: Sequence[str | Path]) -> Iterator[tuple[str, bool]]:
+    """The paths, with globs replaced by what they match (some shells leave that to the program); True where it was named."""
     for path in map(str, paths):
         if os.path.lexists(path):  # also a file whose name happens to look like a glob
-            yield path
+            yield path, True
         elif has_magic(path):
-            yield from sorted(iglob(path, recursive=True))
+            yield from ((found, False) for found in sorted(iglob(path, recursive=True)))
         else:
             raise DepthsegError(f"there is no file or folder '{path}'")
 
@@ -157,7 +168,7 @@ def from_list(stream: IO[str]) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def demo() -> list[Image]:
+def demo() -> list[Path]:
     """Photographs that come inside other installed packages, which are located but not imported."""
     photos = {"ultralytics": ("assets/bus.jpg", "assets/zidane.jpg"), "matplotlib": ("mpl-data/sample_data/grace_hopper.jpg",)}
     found = []
@@ -168,7 +179,7 @@ def demo() -> list[Image]:
     if not found:
         hint = "To get one: pip install 'depthseg[demo]'."
         raise DepthsegError("the demo photographs of ultralytics or matplotlib are not installed", hint, MISSING_PIECE)
-    return find(found)
+    return found
 
 
 def read(image: Image, max_pixels: int = 300_000_000) -> Image:
@@ -179,6 +190,17 @@ def read(image: Image, max_pixels: int = 300_000_000) -> Image:
     """
     if image.pixels is not None:
         return image
+    pixels = _from_file(image, lambda file: _decode(file, max_pixels))
+    return replace(image, pixels=pixels, size=pixels.shape[:2])
+
+
+def upright_size(image: Image) -> tuple[int, int]:
+    """The size (h, w) that `read` will give, from the first bytes of the file. Raises Unreadable."""
+    return image.size if image.pixels is not None else _from_file(image, _header)
+
+
+def _from_file(image: Image, use: Callable[[IO[bytes]], T]) -> T:
+    """What `use` gives for the image's open file; whatever goes wrong is Unreadable."""
     if image.path is None:
         raise Unreadable("neither pixels nor a path")
     try:
@@ -188,7 +210,7 @@ def read(image: Image, max_pixels: int = 300_000_000) -> Image:
         if status.st_size == 0:
             raise Unreadable("empty file (0 bytes)")
         with open(image.path, "rb") as file:
-            pixels = _decode(file, max_pixels)
+            return use(file)
     except Unreadable:
         raise
     except FileNotFoundError:
@@ -201,10 +223,9 @@ def read(image: Image, max_pixels: int = 300_000_000) -> Image:
         if any(word in str(error).lower() for word in ("truncated", "not enough", "eof", "end of file")):
             raise Unreadable("truncated file") from error
         raise Unreadable(f"broken file ({str(error) or type(error).__name__})") from error
-    return replace(image, pixels=pixels, size=pixels.shape[:2])
 
 
-def _decode(file: IO[bytes], max_pixels: int) -> Array:
+def _open(file: IO[bytes]) -> PILImage.Image:
     head = file.read(16)
     if head[4:8] == b"ftyp":
         raise Unreadable("a HEIC, AVIF or video file, whatever its name says")
@@ -212,7 +233,23 @@ def _decode(file: IO[bytes], max_pixels: int) -> Array:
     if decoder is None:
         raise Unreadable("not an image (no JPEG, PNG, BMP, TIFF, WebP, GIF or PPM inside)")
     file.seek(0)
-    with decoder(file) as picture:
+    return decoder(file)
+
+
+def _header(file: IO[bytes]) -> tuple[int, int]:
+    with _open(file) as picture:
+        width, height = picture.size
+        try:
+            turned = PILImage.Image.getexif(picture).get(_ORIENTATION, 1)  # the decoder's own would load a PNG
+        except Exception:
+            turned = 1
+        if turned in (5, 6, 7, 8) and not isinstance(picture, TiffImagePlugin.TiffImageFile):  # TIFF says its size upright
+            width, height = height, width
+    return height, width
+
+
+def _decode(file: IO[bytes], max_pixels: int) -> Array:
+    with _open(file) as picture:
         width, height = picture.size
         if width * height > max_pixels:
             limit = f"{max_pixels / 1e6:g}"

@@ -8,25 +8,27 @@ torch and transformers are imported in the constructor that needs them, after it
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image as PILImage
 from scipy.ndimage import distance_transform_edt
 
-from depthseg.data import Failure, read_ahead
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg import catalog, weights
+from depthseg.data import Failure, Unreadable, not_written, read, read_ahead, upright_size
+from depthseg.errors import DepthsegError
 from depthseg.formats import atomic
 from depthseg.schema import Array, Depth, Frame, Image
 
 SPIKES = 0.001  # share of the pixels that is clipped at either end
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, PILImage.DecompressionBombError)  # what Pillow and NumPy raise
+BETTER_DEPTH = "depth-anything-v2-small"  # than nano
 STEPS = 65535  # depth is a multiple of 1/65535, so that 16-bit PNG holds it without loss
-
-_WAYS = "run again with --pull on a machine with a network, give --depth FOLDER with depth maps, or use --depth nano"
 
 
 def normalise(inverse: Array, valid: Array | None = None) -> Array:
@@ -96,7 +98,7 @@ class DepthAnything:
     def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", batch: int = 4):
         folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else _cached(str(repo_or_folder))
         if folder is None or not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
-            raise DepthsegError(f"the weights of {repo_or_folder} are not on this machine", f"Ways out: {_WAYS}.", MISSING_PIECE)
+            raise catalog.missing(f"the weights of {repo_or_folder} are not on this machine", "depth")
         try:
             found = json.loads((folder / "config.json").read_bytes())["model_type"]
         except (ValueError, TypeError, KeyError) as e:
@@ -164,7 +166,7 @@ class NanoDepth:
 
     def __init__(self, path: str | Path, device: Any = "cpu", precision: str = "fp32"):
         if not Path(path).is_file():
-            raise DepthsegError(f"the weights of the nano depth estimator are not at {path}", f"Ways out: {_WAYS}.", MISSING_PIECE)
+            raise catalog.missing(f"the weights of the nano depth estimator are not at {path}", "depth")
         import torch
 
         from depthseg.models.depthnet import DepthNet
@@ -224,23 +226,66 @@ class DepthFolder:
     def __call__(self, images: list[Image]) -> list[Array]:
         return [self._one(image) for image in images]
 
+    def check(self, images: Sequence[Image]) -> None:
+        """Raise DepthsegError unless every readable image has a map of its shape. Reads headers, hardly any pixels."""
+        wrong: list[tuple[Image, DepthsegError]] = []
+        for image in images:
+            try:
+                seen = replace(image, size=upright_size(image))
+                path = self._find(image)
+                self._fit(path, _shape(path), seen)
+            except Unreadable:
+                pass  # it will be a failure of its own
+            except DepthsegError as error:
+                wrong.append((image, error))
+        for at, (image, first) in enumerate(wrong):
+            with suppress(Unreadable):
+                read(image)  # a picture that is broken behind its header has no map for that reason
+                raise DepthsegError(f"{first.message} ({len(wrong) - at} of {len(images)} images lack a fitting map)", first.hint)
+
     def _one(self, image: Image) -> Array:
-        stem = str(PurePosixPath(image.key).with_suffix(""))
-        tried = [name + suffix for name in (image.key, stem) for suffix in self.SUFFIXES]
-        path = next((self.root / name for name in tried if (self.root / name).is_file()), None)
-        if path is None:
-            raise DepthsegError(f"no depth map for {image.key} in {self.root}", f"Tried {', '.join(tried)}.")
+        path = self._find(image)
         stored = _read_map(path)
-        (h, w), (mh, mw) = image.size, stored.shape
-        if abs(mw * h / (mh * w) - 1) > 0.02:
-            raise DepthsegError(
-                f"{path} is {mw} x {mh} pixels, but its image {image.key} is {w} x {h}: another aspect ratio",
-                "A depth map shows the same view as its image, at any resolution.",
-            )
+        self._fit(path, stored.shape, image)
         kind = self.kind if self.kind != "auto" else "inverse" if stored.dtype == np.uint8 else "metric"
         if kind == "inverse":
             return normalise(stored)
         return normalise(_inverse(stored), np.isfinite(stored) & (stored > 0))
+
+    def _find(self, image: Image) -> Path:
+        stem = str(PurePosixPath(image.key).with_suffix(""))
+        tried = [name + suffix for name in (image.key, stem) for suffix in self.SUFFIXES]
+        path = next((self.root / name for name in tried if os.path.isfile(self.root / name)), None)
+        if path is None:
+            raise DepthsegError(f"no depth map for {image.key} in {self.root}", f"Tried {', '.join(tried)}.")
+        return path
+
+    def _fit(self, path: Path, shape: tuple[int, ...], image: Image) -> None:
+        (h, w), (mh, mw) = image.size, shape
+        if abs(mw * h / (mh * w) - 1) > 0.02 + 1 / min(mh, mw):  # the sides of a map are whole pixels
+            raise DepthsegError(
+                f"{path} is {mw} x {mh} pixels, but its image {image.key} is {w} x {h}: another aspect ratio",
+                "A depth map shows the same view as its image, at any resolution.",
+            )
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """Height and width of a depth map, from its header."""
+    try:
+        if path.suffix == ".npy":
+            h, w = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+        else:
+            with PILImage.open(path) as picture:
+                w, h = picture.size
+    except _BROKEN as e:
+        raise _unreadable(path, e) from e
+    if not h * w:
+        raise _unreadable(path, ValueError("no pixels"))
+    return h, w
+
+
+def _unreadable(path: Path, error: Exception) -> DepthsegError:
+    return DepthsegError(f"{path} is not a readable depth map ({str(error)[:120]})", "Save it as PNG, TIFF or NPY.")
 
 
 def _read_map(path: Path) -> Array:
@@ -252,8 +297,8 @@ def _read_map(path: Path) -> Array:
             with PILImage.open(path) as picture:
                 palette = picture.mode == "P"  # numbers are colours then
                 stored = np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, EOFError) as e:  # all of them are raised by Pillow
-        raise DepthsegError(f"{path} is not a readable depth map ({str(e)[:120]})", "Save it as PNG, TIFF or NPY.") from e
+    except _BROKEN as e:
+        raise _unreadable(path, e) from e
     if stored.ndim == 3 and stored.shape[2] == 3 and (stored == stored[..., :1]).all():
         stored = stored[..., 0]
     if stored.ndim != 2 or not stored.size or stored.dtype.kind not in "uif" or (path.suffix != ".npy" and palette):
@@ -301,38 +346,100 @@ class Cached:
         try:
             with PILImage.open(path) as picture:
                 stored = np.asarray(picture)
-        except (OSError, ValueError, SyntaxError, EOFError):  # not there, or damaged
+        except _BROKEN:  # not there, or damaged
             return None
         return stored if stored.ndim == 2 and stored.dtype == np.uint16 else None
 
     def _write(self, path: Path, stored: Array) -> None:
-        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
-                PILImage.fromarray(stored).save(file, "PNG", compress_level=1)
+            PILImage.fromarray(stored).save(part, "PNG", compress_level=1)
             os.replace(part, path)
         except BaseException:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
 
-def write_maps(images: list[Image], depth: Depth, output: Path, batch: int, progress: Callable[[int, int], None]) -> list[Failure]:
+# ---- choosing one ----
+
+
+class ChosenDepth(NamedTuple):
+    """A depth estimator, ready to use."""
+
+    name: str  # its row in catalog.DEPTHS
+    estimator: Depth
+    file: Path | None  # of its weights, if they are one file
+    note: str  # for the user
+
+
+def depth_estimator(choice: str, device: Any, precision: str, pull: bool) -> ChosenDepth:
+    """The estimator that a choice means: auto is Depth Anything V2 Small where it is here, or may be fetched, else nano.
+
+    Slow ones keep their answers below the user's cache.
+    """
+    name = choice if choice != "auto" else BETTER_DEPTH if pull or present(catalog.DEPTHS[BETTER_DEPTH].hub) else "nano"
+    entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
+    better = "" if choice != "auto" or name == BETTER_DEPTH else f" (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
+    path = weights.locate(entry, name, pull) if entry.file else None
+    if pull and not path and not present(entry.hub):
+        weights.pull(entry, name)
+    built = catalog.resolve(entry)(path or entry.hub, device, precision)
+    estimator = built if path else Cached(built, catalog.cache() / "depth", f"{name} {precision}")
+    return ChosenDepth(name, estimator, path, f"depth: {name}{better}")
+
+
+# ---- making a folder of maps ----
+
+
+def write_maps(
+    images: Sequence[Image], depth: Depth, name: str, output: Path, batch: int, progress: Callable[[int, int], None]
+) -> list[Failure]:
     """Write the depth map of every image as 16-bit PNG, `output`/<key>.png, near is bright, for DepthFolder to read back.
 
-    Maps that are there already are left alone. Returns the images that could not be read.
+    name: of the estimator; a folder with maps of another one, or with anything else in it, is refused with DepthsegError.
+    Maps that are there already are left alone. Returns the images that could not be read, or whose map could not be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "depth.json").write_text('{"kind": "inverse"}')
-    todo = [image for image in images if not (output / f"{image.key}.png").exists()]
+    _claim(output, name)
+    todo = [image for image in images if not os.path.exists(output / f"{image.key}.png")]
     failed: list[Failure] = []
     done = len(images) - len(todo)
-    stream = read_ahead(todo, workers=1, ahead=2 * batch)
+    stream = read_ahead(todo, workers=1, ahead=max(2, batch))
     while held := list(islice(stream, batch)):
         failed += [item for item in held if isinstance(item, Failure)]
         good = [item for item in held if isinstance(item, Image)]
         for image, found in zip(good, depth(good)):
-            with atomic(output / f"{image.key}.png") as part:
-                PILImage.fromarray(_to_16_bit(found)).save(part, "PNG")
+            try:
+                with atomic(output / f"{image.key}.png") as part:
+                    PILImage.fromarray(_to_16_bit(_in_shape(found, image.size))).save(part, "PNG")
+            except OSError as error:
+                failed.append(not_written(image, error))
         done += len(held)
         progress(done, len(images))
     return failed
+
+
+def _claim(output: Path, name: str) -> None:
+    """See to it that the folder holds nothing but maps of the estimator called `name`, and says so in depth.json."""
+    note = output / "depth.json"
+    try:
+        says = json.loads(note.read_bytes())
+        theirs = says["estimator"] if says["kind"] == "inverse" else None
+    except FileNotFoundError:
+        output.mkdir(parents=True, exist_ok=True)
+        if any(not path.name.startswith(".") for path in output.iterdir()):
+            raise DepthsegError(f"{output} is not empty and holds no maps of ours", "Choose an empty or a new folder.") from None
+        with atomic(note) as part:
+            part.write_text(json.dumps({"kind": "inverse", "estimator": name}) + "\n")
+        return
+    except (ValueError, KeyError, TypeError):
+        theirs = None
+    if theirs != name:
+        raise DepthsegError(f"{output} holds maps of {theirs or 'another source'}, not of {name}", "Choose an empty or a new folder.")
+
+
+def _in_shape(depth: Array, size: tuple[int, int]) -> Array:
+    """The map at the aspect of an image of `size` (h, w): its long side stays."""
+    h, w = (max(1, round(side * max(depth.shape) / max(size))) for side in size)
+    if depth.shape == (h, w):
+        return depth
+    return np.asarray(PILImage.fromarray(depth).resize((w, h), PILImage.Resampling.BILINEAR))

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image as PILImage
 
 from depthseg import catalog
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
+from depthseg.plan import CONFIDENCE, MAX_BOXES
 from depthseg.schema import ABSENT, Array, Boxes, Frame, Image, Prompts
 
 # COCO's 80 classes in the order of their category ids, which run from 1 to 90 with ten holes (instances_val2017.json).
@@ -36,8 +37,8 @@ YOLO_IOU = 0.7  # of its own suppression: ultralytics' default
 NANO_IOU = 0.6
 
 
-def _best(xyxy: Array, score: Array, label: Array, names: dict[int, str], size: tuple[int, int], least: float, most: int) -> Boxes:
-    """Boxes clipped to an image of `size`, without empty ones and scores under `least`, best first, at most `most`."""
+def _best(xyxy: Array, score: Array, label: Array, names: dict[int, str], size: tuple[int, int], least: float, most: int | None) -> Boxes:
+    """Boxes clipped to an image of `size`, without empty ones and scores under `least` or NaN, best first, at most `most`."""
     h, w = size
     xyxy = np.clip(np.asarray(xyxy, np.float64).reshape(-1, 4), 0, (w, h, w, h)).astype(np.float32)
     score = np.asarray(score, np.float32)
@@ -113,16 +114,32 @@ class _Entries:
         if (row := self.row(key)) is None:
             return []
         if (other := self.owner.setdefault(row, key)) != key:
+            if other == row:  # the path as it is belongs to that image alone
+                return []
             raise DepthsegError(
                 f"{self.path}: '{row}' fits two images, {other} and {key}",
                 "Write the path of the image below the input folder as file_name.",
             )
         return self.rows[row]
 
-    def unmatched(self, keys: Iterable[str]) -> list[str]:
-        """File names and image_ids in the file that none of the images has, as texts in the order of the file."""
-        seen = {self.row(key) for key in keys}
-        return [str(row) for row in self.rows if row not in seen]
+    def expect(self, keys: Iterable[str]) -> list[str]:
+        """Settle whose the entries are, among all images of a run: the names (or image_ids) of those that are nobody's.
+
+        One text for each such entry. Raises DepthsegError for entries that fit two images, and with code NOTHING_TO_DO if no
+        entry fits any.
+        """
+        keys = list(keys)
+        self.owner.clear()
+        for key in sorted(keys, key=lambda key: key not in self.rows):  # exact names first
+            self.of(key)
+        left = [(at, str(row)) for row, positions in self.rows.items() if row not in self.owner for at in positions]
+        if keys and left and not self.owner:
+            raise DepthsegError(
+                f"{self.path}: no entry names an image of this run; the first is about {left[0][1]}",
+                f"A file_name is the path below the input folder, like {keys[0]}; --images-json gives the names to image_ids.",
+                NOTHING_TO_DO,
+            )
+        return [name for _, name in sorted(left)]
 
 
 def _last(path: str) -> str:
@@ -162,6 +179,7 @@ class BoxesFile:
     """Boxes from COCO detection results, or the ground truth of a COCO file (crowd regions left out: they are no object).
 
     An entry has bbox [x, y, w, h] in pixels and file_name or image_id; a missing score is 1, and so is a missing category_id.
+    All boxes are used, unless `confidence` or `max_boxes` says otherwise.
     images_json: a COCO file whose images say which image an image_id is; without it, image_id 139 is 000000000139.jpg.
     The whole file is checked here; DepthsegError names the file, the entry and the field.
     """
@@ -169,8 +187,8 @@ class BoxesFile:
     def __init__(
         self,
         path: str | Path,
-        confidence: float = 0.0,
-        max_boxes: int = 10**9,
+        confidence: float | None = None,
+        max_boxes: int | None = None,
         images_json: str | Path | None = None,
     ):
         content = _read_json(Path(path))
@@ -180,7 +198,7 @@ class BoxesFile:
         if extra is not None and "images" not in tables:
             raise DepthsegError(f"{images_json} has no 'images'", "Give a COCO annotation file.")
         listed: Any = whole.get("annotations", content)
-        self.confidence, self.max_boxes = confidence, max_boxes
+        self.confidence, self.max_boxes = -math.inf if confidence is None else confidence, max_boxes
         self._entries = entries = _Entries(Path(path), listed, tables.get("images"))
         self._names = _category_names(Path(path), whole.get("categories") or tables.get("categories"))
         self._xyxy = np.zeros((len(listed), 4))
@@ -193,7 +211,7 @@ class BoxesFile:
             if "category_id" in entry:
                 self._label[at] = _whole(entries, at, "category_id", entry["category_id"])
             if entry.get("iscrowd"):
-                self._score[at] = -np.inf  # under every threshold
+                self._score[at] = np.nan  # under every threshold
 
     def __call__(self, images: list[Image], text: Sequence[str] = ()) -> list[Boxes]:
         rows = [np.array(self._entries.of(image.key), int) for image in images]
@@ -202,9 +220,15 @@ class BoxesFile:
             for image, r in zip(images, rows)
         ]
 
-    def unmatched(self, keys: Iterable[str]) -> list[str]:
-        """The images that the file speaks of and that are not among `keys`: file names, or image_ids as text."""
-        return self._entries.unmatched(keys)
+    def __len__(self) -> int:
+        return len(self._label)
+
+    def expect(self, keys: Iterable[str]) -> list[str]:
+        """Bind the entries to the keys of all images of a run: the name of each entry that is about none of them.
+
+        Raises DepthsegError for entries that fit two images, and with code NOTHING_TO_DO if no entry fits any.
+        """
+        return self._entries.expect(keys)
 
 
 def _category_names(path: Path, categories: Any) -> dict[int, str]:
@@ -255,9 +279,15 @@ class PointsFile:
         """The category_id (P,) int64 of each prompt of this image, 1 where the file gives none."""
         return np.array([self._label[at] for at in self._entries.of(image.key)], np.int64)
 
-    def unmatched(self, keys: Iterable[str]) -> list[str]:
-        """The images that the file speaks of and that are not among `keys`: file names, or image_ids as text."""
-        return self._entries.unmatched(keys)
+    def __len__(self) -> int:
+        return len(self._label)
+
+    def expect(self, keys: Iterable[str]) -> list[str]:
+        """Bind the entries to the keys of all images of a run: the name of each entry that is about none of them.
+
+        Raises DepthsegError for entries that fit two images, and with code NOTHING_TO_DO if no entry fits any.
+        """
+        return self._entries.expect(keys)
 
 
 # ---- networks ----
@@ -266,8 +296,7 @@ class PointsFile:
 def _weights(path: str | Path, what: str) -> Path:
     """The path, if there is a file; ultralytics would otherwise try to download what is missing."""
     if not Path(path).is_file():
-        ways = "run again with --pull on a machine with a network, choose another --detector, or give --boxes FILE"
-        raise DepthsegError(f"the weights of {what} are not at {path}", f"Ways out: {ways}.", MISSING_PIECE)
+        raise catalog.missing(f"the weights of {what} are not at {path}", "detector")
     return Path(path)
 
 
@@ -283,8 +312,8 @@ class Yolo:
         path: str | Path,
         device: Any = "cpu",
         precision: str = "fp32",
-        confidence: float = 0.25,
-        max_boxes: int = 100,
+        confidence: float = CONFIDENCE,
+        max_boxes: int = MAX_BOXES,
     ):
         path = _weights(path, "YOLO")
         if path.suffix != ".pt":  # a .yaml would become a random model, an .onnx would look for another runtime
@@ -362,8 +391,8 @@ class NanoBoxes:
         path: str | Path,
         device: Any = "cpu",
         precision: str = "fp32",
-        confidence: float = 0.25,
-        max_boxes: int = 100,
+        confidence: float = CONFIDENCE,
+        max_boxes: int = MAX_BOXES,
     ):
         path = _weights(path, "the nano box proposer")
         import torch

@@ -108,6 +108,7 @@ def evaluate(
         "annotations": sum(len(t.rle) for t in truths),
         **scores,
         "seconds": time.perf_counter() - start,
+        "notes": segmenter.notes,
         "model": segmenter.provenance,
         "plan": plan.to_json(),
     }

@@ -1,10 +1,16 @@
-"""Options that more than one command has, declared once. Standard library, Typer and the table of names only."""
+"""Options that more than one command has or that say where prompts come from, and what can be checked about them at once.
 
+Standard library, Typer and ground modules only: nothing here waits for torch.
+"""
+
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from depthseg import catalog
+from depthseg.errors import DepthsegError
+from depthseg.plan import CONFIDENCE, MAX_BOXES, Plan
 
 # help panels
 INPUT, PROMPTS, DEPTH, MODEL, OUTPUT, RUN = (
@@ -50,10 +56,71 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="auto is fp32 on the CPU, bf16 or fp16 on CUDA.", rich_help_panel=MODEL),
 ]
-Confidence = Annotated[float, typer.Option(min=0, max=1, help="Drop boxes under this detector score.", rich_help_panel=PROMPTS)]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help=f"Drop boxes under this score; without it, {CONFIDENCE} for a detector and no box of --boxes.",
+        rich_help_panel=PROMPTS,
+        show_default=False,
+    ),
+]
+MaxBoxes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Boxes of one image, best first; without it, {MAX_BOXES} for a detector and all of --boxes.",
+        rich_help_panel=PROMPTS,
+        show_default=False,
+    ),
+]
+Boxes = Annotated[
+    str | None,
+    typer.Option(help="COCO detection results (JSON) instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE"),
+]
+ImagesJson = Annotated[
+    Path | None,
+    typer.Option(help="COCO images file that gives the names to --boxes' image_id.", rich_help_panel=PROMPTS, metavar="FILE"),
+]
+Points = Annotated[str | None, typer.Option(help="Clicks from a file instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE")]
+PointsPerSide = Annotated[int, typer.Option(min=1, help="grid: points along each side.", rich_help_panel=PROMPTS)]
+MinPredictedIou = Annotated[float, typer.Option(min=0, max=1, help="grid: drop masks under this predicted IoU.", rich_help_panel=PROMPTS)]
+MinStability = Annotated[float, typer.Option(min=0, max=1, help="grid: drop masks under this stability.", rich_help_panel=PROMPTS)]
+Nms = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="grid, nano: drop masks that overlap a better one by more (IoU).", rich_help_panel=PROMPTS),
+]
+MinRegion = Annotated[
+    int, typer.Option(min=0, help="grid: fill holes and drop islands smaller than this, in pixels.", rich_help_panel=PROMPTS)
+]
 Zoom = Annotated[
     bool,
     typer.Option(help="Decode every box on a crop of its own: slower, better on small objects.", rich_help_panel=PROMPTS),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in one call of the encoder.", rich_help_panel=MODEL)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUN)]
+
+
+def check_names(plan: Plan) -> None:
+    """Refuse unknown names."""
+    catalog.row(catalog.MODELS, plan.model, "model")
+    if plan.detector != "auto":
+        catalog.row(catalog.DETECTORS, plan.detector, "detector")
+    if plan.depth not in ("auto", "none") and not Path(plan.depth).exists():
+        catalog.row(catalog.DEPTHS, plan.depth, "depth estimator, file or folder")
+
+
+def check_files(plan: Plan, images_json: Path | None, pull: bool) -> None:
+    """Refuse files that are not there, and, without `pull`, names whose weight files are not."""
+    for option, path in (("weights", plan.weights), ("boxes", plan.boxes), ("points", plan.points), ("images-json", images_json)):
+        if path and not Path(path).is_file():
+            raise DepthsegError(f"no such file: {path}", f"Check --{option}.")
+    wanted = {} if plan.weights else {plan.model: catalog.MODELS[plan.model]}
+    if not (plan.boxes or plan.points) and plan.detector in catalog.DETECTORS:
+        wanted[plan.detector] = catalog.DETECTORS[plan.detector]
+    if plan.depth in catalog.DEPTHS:
+        wanted[plan.depth] = catalog.DEPTHS[plan.depth]
+    for name, entry in wanted.items():
+        if entry.file and not pull:
+            catalog.require(entry, name)

@@ -13,6 +13,9 @@ from depthseg.errors import DepthsegError
 # Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
 _SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
 
+CONFIDENCE = 0.25  # of a detector, where the plan says nothing
+MAX_BOXES = 100  # likewise
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,8 +31,8 @@ class Plan:
     precision: str = "auto"  # fp32, bf16, fp16; auto = fp32 on the CPU, bf16 or fp16 on CUDA
     batch: int = 4  # images in one encoder call
     prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
-    confidence: float = 0.25  # boxes under this detector score are dropped
-    max_boxes: int = 100  # per image, best first
+    confidence: float | None = None  # boxes under this score are dropped; None: CONFIDENCE for a detector, none of a file's
+    max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
     zoom: bool = False  # decode every box again on a crop of twice its size
     points_per_side: int = 16  # grid: points along each side of the image
     min_predicted_iou: float = 0.7  # grid
@@ -40,7 +43,6 @@ class Plan:
     labelmaps: bool = True
     depth_panel: bool = False  # the depth map beside the overlay
     instances: bool = False  # one PNG for each mask
-    seed: int = 0
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -21,10 +21,10 @@ from PIL import Image as PILImage
 
 from depthseg import __version__, catalog, masks, prompts, weights
 from depthseg.data import Failure, Unreadable, read_ahead
-from depthseg.depth import Cached, DepthFolder, present
+from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.errors import MISSING_PIECE, DepthsegError
-from depthseg.plan import Plan
+from depthseg.plan import CONFIDENCE, MAX_BOXES, Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Boxes, Depth, Frame, Image, Masks, Prompts, Record
 
 T = TypeVar("T")
@@ -33,10 +33,9 @@ Source = Callable[[list[Image]], Sequence[Boxes | Prompts]]  # what to ask about
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 YOLO_BY_PREFERENCE = ("yolov8m", "yolov8n", "yolov8s", "yolov8l", "yolov8x")  # auto takes the first that is here
-BETTER_DEPTH = "depth-anything-v2-small"
+NAMES_SHOWN = 3  # of the entries that name no image
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
 ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
-FREE_LICENCES = ("", "Apache-2.0")
 
 
 class Answer(NamedTuple):
@@ -93,7 +92,8 @@ class Encoded(NamedTuple):
 class Segmenter:
     """The stages of one Plan. `notes` are sentences for the user, `provenance` says in JSON what made the masks.
 
-    pull: fetch missing weights first; otherwise no network is used. images_json: COCO images file for `plan.boxes` by image_id.
+    pull: fetch missing weights first; otherwise no network is used. progress: told (bytes done, bytes in all) of a download.
+    images_json: COCO images file for `plan.boxes` by image_id.
     network, source, depth: ready-made stages in place of those that the plan names.
     """
 
@@ -103,6 +103,7 @@ class Segmenter:
         pull: bool = False,
         images_json: str | Path | None = None,
         *,
+        progress: Callable[[int, int], None] | None = None,
         network: Any = None,
         source: Source | None = None,
         depth: Depth | None = None,
@@ -117,27 +118,25 @@ class Segmenter:
             "versions": {"depthseg": __version__, **{p: version(p) for p in ("torch", "timm", "transformers")}},
         }
         self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
-        self._pull = pull
-        self._terms: dict[str, list[str]] = {}  # what a user must know -> the pieces that it is about
+        self._pull, self._progress = pull, progress
+        self._chosen_rows: dict[str, catalog.Row] = {}  # by role and name
         self.network = (network if network is not None else self._build_network()).to(self.device)
         self.source = source if source is not None else self._build_source(images_json)
         self.depth = depth if depth is not None else self._build_depth()
-        self.notes += [f"{', '.join(pieces)}: {terms}" for terms, pieces in self._terms.items()]
+        self.notes += catalog.terms(self._chosen_rows)
 
     def _chosen(self, role: str, name: str, entry: catalog.Row | None = None, path: Path | None = None) -> None:
         """Record a choice and, with its row, the terms of its weights."""
         file = {"file": path.name, "sha256": weights.sha256(path)} if path and path.is_file() else {}
         about = {k: v for k, v in (("hub", entry.hub), ("licence", entry.licence)) if v} if entry else {}
         self.provenance[role] = {"name": name, **file, **about}
-        if entry and entry.licence not in FREE_LICENCES:
-            self._terms.setdefault(f"licence {entry.licence}", []).append(f"{role} {name}")
-        if entry and entry.note:
-            self._terms.setdefault(entry.note, []).append(f"{role} {name}")
+        if entry:
+            self._chosen_rows[f"{role} {name}"] = entry
 
     def _build_network(self) -> Any:
         name = self.plan.model
         entry = catalog.row(catalog.MODELS, name, "model")
-        path = Path(self.plan.weights) if self.plan.weights else _weights(entry, name, self._pull)
+        path = Path(self.plan.weights) if self.plan.weights else weights.locate(entry, name, self._pull, self._progress)
         network = catalog.load(name, path)
         self._chosen("model", name, None if self.plan.weights else entry, path)
         return network
@@ -151,6 +150,8 @@ class Segmenter:
             self.notes.append(f"prompts: {'boxes' if plan.boxes else 'points'} from {Path(given).name}")
             source = BoxesFile(given, plan.confidence, plan.max_boxes, images_json) if plan.boxes else PointsFile(given)
             self._chosen("detector", "file", path=Path(given))
+            if images_json:
+                self._chosen("images_json", "file", path=Path(images_json))
             return source
         self.detector = name = self._auto_detector() if plan.detector == "auto" else plan.detector
         entry = catalog.row(catalog.DETECTORS, name, "detector")
@@ -158,9 +159,10 @@ class Segmenter:
             self._chosen("detector", name)
             self.notes.append(f"prompts: a grid of {plan.points_per_side} x {plan.points_per_side} points")
             return lambda images: [prompts.grid(image.size, plan.points_per_side) for image in images]
-        path = _weights(entry, name, self._pull)
+        path = weights.locate(entry, name, self._pull, self._progress)
         self._chosen("detector", name, entry, path)
-        return catalog.resolve(entry)(path, self.device, self.precision, plan.confidence, plan.max_boxes)
+        confidence = CONFIDENCE if plan.confidence is None else plan.confidence
+        return catalog.resolve(entry)(path, self.device, self.precision, confidence, plan.max_boxes or MAX_BOXES)
 
     def _auto_detector(self) -> str:
         """YOLOv8 if it can run here (after fetching it, with pull), else the embedded way."""
@@ -191,20 +193,32 @@ class Segmenter:
             self.notes.append(f"depth: maps from {choice}")
             self._chosen("depth", Path(choice).name)
             return DepthFolder(choice)
-        name = depth_name(choice, self._pull)
-        if choice == "auto":
-            better = "" if name == BETTER_DEPTH else f" (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
-            self.notes.append(f"depth: {name}{better}")
-        estimator, path = depth_estimator(name, self.device, self.precision, self._pull)
-        self._chosen("depth", name, catalog.DEPTHS[name], path)
-        return estimator
+        chosen = depth_estimator(choice, self.device, self.precision, self._pull)
+        self.notes += [chosen.note] if choice == "auto" else []
+        self._chosen("depth", chosen.name, catalog.DEPTHS[chosen.name], chosen.file)
+        return chosen.estimator
+
+    def expect(self, images: Sequence[Image]) -> list[str]:
+        """Compare the plan's own files with all images of a run, before it starts; the answers are warnings for the user.
+
+        Raises DepthsegError for boxes or clicks that fit two images or none of them, and for missing or misshapen depth maps.
+        """
+        if isinstance(self.depth, DepthFolder):
+            self.depth.check(images)
+        if not isinstance(self.source, BoxesFile | PointsFile):
+            return []
+        left = self.source.expect(image.key for image in images)
+        names = list(dict.fromkeys(left))
+        some = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+        file = Path(self.plan.boxes or self.plan.points or "").name
+        return [f"warning: {len(left)} of {len(self.source)} entries of {file} name no image of this run: {some}"] if left else []
 
     def segment(self, images: Iterable[Image]) -> Iterator[Record | Failure]:
         """A Record, or a Failure, for each image, in order. Memory is bounded by the batch, not by the number of images.
 
         What is wrong with one image ends that image only; lack of memory and programming errors are raised.
         """
-        stream = read_ahead(images, workers=2, ahead=2 * self.plan.batch)
+        stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch))
         while True:
             start = time.perf_counter()
             held = list(islice(stream, self.plan.batch))
@@ -353,28 +367,6 @@ class Segmenter:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += time.perf_counter() - start
-
-
-def depth_name(choice: str, pull: bool) -> str:
-    """The row of catalog.DEPTHS that a choice means: auto is Depth Anything V2 Small where it is here, or may be fetched."""
-    if choice == "auto":
-        return BETTER_DEPTH if pull or present(catalog.DEPTHS[BETTER_DEPTH].hub) else "nano"
-    catalog.row(catalog.DEPTHS, choice, "depth estimator")
-    return choice
-
-
-def depth_estimator(name: str, device: torch.device, precision: str, pull: bool) -> tuple[Depth, Path | None]:
-    """The estimator of one row and its weight file, if it has one. Slow ones keep their answers below the user's cache."""
-    entry = catalog.DEPTHS[name]
-    path = _weights(entry, name, pull) if entry.file else None
-    if pull and not path and not present(entry.hub):
-        weights.pull(entry, name)
-    built = catalog.resolve(entry)(path or entry.hub, device, precision)
-    return (built if path else Cached(built, catalog.cache() / "depth", f"{name} {precision}")), path
-
-
-def _weights(entry: catalog.Row, name: str, pull: bool) -> Path:
-    return weights.pull(entry, name) if pull else catalog.require(entry, name)
 
 
 def _whole(image: Image, depth: Array | None) -> View:

@@ -9,7 +9,6 @@ import http.client
 import os
 import shutil
 import socket
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from depthseg import catalog
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.errors import DepthsegError
 
 PROBE_SECONDS = 2.0  # without a network the hub's own retries take from 23 s to six minutes
 READ_SECONDS = 60.0  # silence after which a download is given up
@@ -45,6 +44,11 @@ def state(entry: catalog.Row) -> str:
     return "--pull" if entry.hub or entry.url else "missing"
 
 
+def locate(entry: catalog.Row, name: str, fetch: bool, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Where the weights of this row are, fetched first if they are not here and that is allowed; else an error."""
+    return pull(entry, name, progress) if fetch else catalog.require(entry, name)
+
+
 def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | None = None) -> Path:
     """Fetch the weights of this row unless they are here: the path of their file, or of the model's folder in the hub's cache.
 
@@ -57,9 +61,9 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
         return _from_hub(entry, name)
     if entry.url and entry.file:
         target = catalog.cache() / entry.file
-        _download(entry.url, target, name, progress)
+        _download(entry, target, name, progress)
         return target
-    raise DepthsegError(f"the weights of {name} cannot be fetched: nobody publishes them", "Pass --weights PATH.", MISSING_PIECE)
+    raise catalog.missing(f"the weights of {name} cannot be fetched: nobody publishes them", entry.role)
 
 
 def _from_hub(entry: catalog.Row, name: str) -> Path:
@@ -67,17 +71,16 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     assert entry.hub
-    _probe(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", name)
+    _probe(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", entry, name)
     try:
         if entry.file is None:
             return Path(hub.snapshot_download(entry.hub, allow_patterns=HUB_FILES))
         got = Path(hub.hf_hub_download(entry.hub, entry.file)).resolve()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _no(name, f"{entry.hub} on the hub: {reason}") from error
+        raise _no(entry, name, f"{entry.hub} on the hub: {reason}") from error
     target = catalog.cache() / entry.file
     with _complete(target) as part:
-        part.unlink()
         try:
             os.link(got, part)
         except OSError:  # another file system
@@ -85,10 +88,11 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
     return target
 
 
-def _download(url: str, target: Path, name: str, progress: Callable[[int, int], None] | None) -> None:
-    _probe(url, name)
+def _download(entry: catalog.Row, target: Path, name: str, progress: Callable[[int, int], None] | None) -> None:
+    assert entry.url
+    _probe(entry.url, entry, name)
     try:
-        with urllib.request.urlopen(url, timeout=READ_SECONDS) as answer, _complete(target) as part, open(part, "wb") as file:
+        with urllib.request.urlopen(entry.url, timeout=READ_SECONDS) as answer, _complete(target) as part, open(part, "wb") as file:
             total, done = int(answer.headers.get("Content-Length") or 0), 0
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
@@ -98,16 +102,15 @@ def _download(url: str, target: Path, name: str, progress: Callable[[int, int], 
             if total and done != total:  # read() ends quietly when the connection does
                 raise OSError(f"the download ended after {done} of {total} bytes")
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
-        raise _no(name, f"{url}: {error}") from error
+        raise _no(entry, name, f"{entry.url}: {error}") from error
 
 
 @contextlib.contextmanager
 def _complete(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target`, which takes its name when all went well and vanishes otherwise."""
+    """A path beside `target` for a file that takes its name when all went well and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    part = Path(name)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")  # not of tempfile, whose files nobody else may read
+    part.unlink(missing_ok=True)
     try:
         yield part
         part.replace(target)
@@ -115,7 +118,7 @@ def _complete(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _probe(url: str, name: str) -> None:
+def _probe(url: str, entry: catalog.Row, name: str) -> None:
     """Fail within seconds where there is no network: a short connection to the server, or to the proxy in front of it."""
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
@@ -125,9 +128,8 @@ def _probe(url: str, name: str) -> None:
     try:
         socket.create_connection((parts.hostname or "", port), timeout=PROBE_SECONDS).close()
     except OSError as error:
-        raise _no(name, f"{parts.hostname} does not answer ({error})") from error
+        raise _no(entry, name, f"{parts.hostname} does not answer ({error})") from error
 
 
-def _no(name: str, reason: str) -> DepthsegError:
-    hint = "Try again on a machine with a network, or pass --weights PATH."
-    return DepthsegError(f"the weights of {name} could not be fetched from {reason}", hint, MISSING_PIECE)
+def _no(entry: catalog.Row, name: str, reason: str) -> DepthsegError:
+    return catalog.missing(f"the weights of {name} could not be fetched from {reason}", entry.role)

@@ -1,5 +1,6 @@
 """The command line with a fake Segmenter: options reach the plan, streams and exit codes are what scripts rely on."""
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from depthseg import __version__, cli, data, masks
+from depthseg import __version__, catalog, cli, data, masks, sink
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Masks, Record
@@ -26,11 +27,15 @@ class FakeSegmenter:
     built: ClassVar[list] = []
     trouble: ClassVar[list] = []  # raised, or sent as a signal, after the first image
 
-    def __init__(self, plan, pull=False, images_json=None):
+    def __init__(self, plan, pull=False, images_json=None, progress=None):
         self.plan, self.pull, self.images_json = plan, pull, images_json
         self.notes, self.provenance, self.categories = ["detector: fake"], {"detector": "fake"}, {}
         self.seen = []
         FakeSegmenter.built.append(self)
+
+    def expect(self, images):
+        self.expected = [image.key for image in images]
+        return ["warning: 1 of 2 entries"]
 
     def segment(self, images):
         print("a library that prints")
@@ -54,9 +59,14 @@ class FakeSegmenter:
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch):
+def fake(monkeypatch, tmp_path):
+    for row in (*catalog.MODELS.values(), *catalog.DETECTORS.values()):
+        if row.file and row.file.startswith("nano/"):
+            (tmp_path / "embedded" / "nano").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "embedded" / row.file).touch()
+    monkeypatch.setattr(catalog, "embedded", lambda: tmp_path / "embedded")
     FakeSegmenter.built, FakeSegmenter.trouble = [], []
-    monkeypatch.setitem(sys.modules, "depthseg.segment", SimpleNamespace(Segmenter=FakeSegmenter))
+    monkeypatch.setattr("depthseg.segment.Segmenter", FakeSegmenter)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
     return FakeSegmenter
@@ -84,17 +94,20 @@ def test_every_field_of_the_plan_is_an_option_with_the_plans_default():
     assert {f.name: f.default for f in fields(Plan)} == {f.name: given[f.name].default for f in fields(Plan)}
 
 
-def test_options_reach_the_plan(run, fake, pictures, tmp_path):
+def test_options_reach_the_plan(run, fake, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("w.pt", "b.json", "p.json", "i.json"):
+        Path(name).touch()
     words = """--model efficientvit-sam-l0-depth --weights w.pt --detector grid --boxes b.json --points p.json --depth none
         --device cpu --precision bf16 --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --zoom --points-per-side 5
         --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-region 4 --no-overlays --no-labelmaps --depth-panel
-        --instances --seed 8""".split()
+        --instances""".split()
     code, _, err = run("segment", pictures, "-o", tmp_path / "out", "--pull", "--images-json", "i.json", *words)
     assert code == 0, err
     (built,) = fake.built
     assert built.plan == Plan(
         "efficientvit-sam-l0-depth", "w.pt", "grid", "b.json", "p.json", "none", "cpu", "bf16",
-        3, 7, 0.5, 9, True, 5, 0.1, 0.2, 0.3, 4, False, False, True, True, 8,
+        3, 7, 0.5, 9, True, 5, 0.1, 0.2, 0.3, 4, False, False, True, True,
     )  # fmt: skip
     assert built.pull and built.images_json == Path("i.json")
     assert all(getattr(built.plan, f.name) != f.default for f in fields(Plan)), "the test must change every option"
@@ -107,7 +120,7 @@ def test_a_run_writes_results_and_prints_only_the_folder(run, pictures, tmp_path
     assert "detector: fake" in stderr and "3 images, 3 masks" in stderr
     assert [p["file_name"] for p in json.loads((out / "predictions.json").read_text())] == ["a.png", "b.jpg", "sub/c.png"]
     code, _, stderr = run("segment", pictures, "-o", out)
-    assert code == 0 and "3 of 3 images are done already" in stderr
+    assert code == 0 and "3 of 3 images are done already" in stderr and "warning: 1 of 2 entries" in stderr
 
 
 def test_a_broken_image_is_listed_and_the_others_are_done(run, pictures, tmp_path):
@@ -131,6 +144,7 @@ def test_stopped_and_started_again_it_goes_on(run, fake, pictures, tmp_path, tro
     fake.trouble = []
     code, _, stderr = run("segment", pictures, "-o", out)
     assert code == 0 and fake.built[0].seen == ["a.png"]
+    assert fake.built[1].expected == ["a.png", "b.jpg", "sub/c.png"]  # those that are done count, too
     assert len(json.loads((out / "predictions.json").read_text())) == 3
     assert len(fake.built[1].seen) == 3 - int(stderr.partition(" of 3 images are done already")[0].splitlines()[-1])
 
@@ -163,6 +177,18 @@ def test_demo_needs_no_output(run, fake, tmp_path, monkeypatch):
         ("segment {pictures} -o {tmp}/o --depth depth-anything-v2-smal", 2, "Did you mean depth-anything-v2-small"),
         ("segment {pictures} -o {tmp}/o --precision fp8", 2, "fp8"),
         ("segment {pictures} -o {tmp}/o --batch 0", 2, "--batch"),
+        ("segment {pictures} -o {tmp}/o --model efficientvit-sam-l0", 5, "--weights PATH"),
+        ("segment {pictures} -o {tmp}/o --detector yolov8m", 5, "--detector nano or grid"),
+        ("segment {pictures} -o {tmp}/o --depth nano", 5, "--depth FOLDER"),
+        ("segment {pictures} -o {tmp}/o --weights {tmp}/w.pt", 2, "Check --weights"),
+        ("segment {pictures} -o {tmp}/o --pull --boxes {tmp}/b.json", 2, "Check --boxes"),
+        ("segment {pictures} -o {tmp}/o --points {tmp}/p.json", 2, "Check --points"),
+        ("segment {pictures} -o {tmp}/o --images-json {tmp}/i.json", 2, "Check --images-json"),
+        ("depth {pictures} -o {pictures}/a.png", 2, "inside the input"),
+        ("depth {pictures} -o {file}/maps", 2, "cannot write to"),
+        ("eval --images x --annotations y -o {file}", 2, "cannot write to"),
+        ("train --stage 1 --data x -o {file}", 2, "cannot write to"),
+        ("eval --images x", 2, "--annotations"),
         ("segment {pictures} -o {tmp}/o --zom", 2, "--zoom"),
         ("segmet", 2, "segment"),
         ("models nanno", 2, "Did you mean nano"),
@@ -173,7 +199,9 @@ def test_demo_needs_no_output(run, fake, tmp_path, monkeypatch):
 )
 def test_bad_input_is_one_line_and_a_hint(run, fake, pictures, tmp_path, words, code, text):
     (tmp_path / "empty").mkdir()
-    got, stdout, stderr = run(*words.format(pictures=pictures, tmp=tmp_path, empty=tmp_path / "empty").split())
+    (tmp_path / "file").touch()
+    places = {"pictures": pictures, "tmp": tmp_path, "empty": tmp_path / "empty", "file": tmp_path / "file"}
+    got, stdout, stderr = run(*words.format(**places).split())
     assert (got, stdout) == (code, "") and text in stderr
     lines = stderr.splitlines()
     assert lines[0].startswith("error: ") and all(line.startswith("hint: ") for line in lines[1:]) and len(lines) <= 2
@@ -195,6 +223,34 @@ def test_errors_show_a_traceback_only_with_debug(run, fake, pictures, tmp_path, 
     assert got == code and first in stderr and "Traceback" in stderr
 
 
+@pytest.mark.parametrize("number, code", [(errno.ENAMETOOLONG, 3), (errno.ENOSPC, 1)])
+def test_what_cannot_be_written_is_a_failure_unless_the_disk_is_full(run, fake, pictures, tmp_path, monkeypatch, number, code):
+    write = sink.Sink.write
+
+    def refuse(self, record):
+        if record.image.key == "b.jpg":
+            raise OSError(number, "File name too long")
+        write(self, record)
+
+    monkeypatch.setattr(sink.Sink, "write", refuse)
+    got, _, stderr = run("segment", pictures, "-o", tmp_path / "out")
+    assert got == code and ("failed: b.jpg: File name too long" in stderr) == (code == 3)
+    if code == 3:
+        line = json.loads((tmp_path / "out" / "failures.jsonl").read_text())
+        assert line == {"key": "b.jpg", "stage": "write", "reason": "File name too long"} and "2 images, 2 masks" in stderr
+
+
+def test_a_download_is_shown_from_its_first_bytes_on(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
+    with cli._downloads():
+        pass
+    assert capsys.readouterr().err == ""
+    with cli._downloads() as tell:
+        tell(3 << 20, 6 << 20)
+        tell(5 << 20, 0)
+    assert [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()] == ["3/6 MiB", "5/5 MiB"]
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
     with cli._progress("images") as show:
@@ -211,13 +267,15 @@ def test_eval_prints_a_table_and_writes_a_report(run, tmp_path, monkeypatch):
     def evaluate(images, annotations, **given):
         asked.update(given, images=images, annotations=annotations)
         given["progress"](1, 1)
-        return {"protocol": "one box each", "miou": 66.0, "miou_small": None, "images": 80, "plan": {"seed": 0}}
+        scores = {"miou": 66.0, "miou_small": None, "images": 80}
+        return {"protocol": "one box each", **scores, "notes": ["depth: nano (embedded)"], "plan": {"zoom": True}}
 
     monkeypatch.setitem(sys.modules, "depthseg.evaluate", SimpleNamespace(evaluate=evaluate))
     words = "eval --images i --annotations a.json --prompt point --clicks 1,5 --zoom --subset 3 --model nano --depth none".split()
     code, stdout, err = run(*words, "-o", tmp_path / "report")
     assert code == 0, err
-    assert "miou " in stdout and "66.00" in stdout and "80" in stdout and "one box each" in stdout and "seed" not in stdout
+    assert "miou " in stdout and "66.00" in stdout and "80" in stdout and "one box each" in stdout and "zoom" not in stdout
+    assert "depth: nano (embedded)" in err and "embedded" not in stdout
     assert json.loads((tmp_path / "report" / "report.json").read_text())["miou"] == 66.0
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.json"]
     del asked["progress"]
@@ -227,7 +285,8 @@ def test_eval_prints_a_table_and_writes_a_report(run, tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def test_train_fills_a_train_plan(run, monkeypatch):
+def test_train_fills_a_train_plan(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     train = pytest.importorskip("depthseg.train")
     asked = []
 

@@ -1,5 +1,6 @@
 """Finding pictures and reading them: every kind of file becomes upright RGB or a phrase that says why not."""
 
+import errno
 import io
 import subprocess
 import sys
@@ -58,6 +59,13 @@ def test_files_globs_and_repetitions(tmp_path):
     assert keys([root, root / "a.jpg", root / "sub"]) == ["[1].jpg", "a.jpg", "b.png", "sub/c.jpg"]
 
 
+def test_a_named_file_is_taken_whatever_it_is_called(tmp_path):
+    touch(tmp_path, "in/a.heic", "in/b", "in/c.jpg")
+    assert keys([tmp_path / "in/a.heic", tmp_path / "in/b"]) == ["a.heic", "b"]
+    assert keys([tmp_path / "in"]) == keys([tmp_path / "in/*"]) == ["c.jpg"]
+    assert keys([tmp_path / "in", tmp_path / "in/a.heic"]) == ["c.jpg", "a.heic"]
+
+
 def test_a_relative_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(touch(tmp_path, "in/a.jpg", "in/sub/b.jpg"))
     assert keys(["in"]) == keys(["./in/"]) == keys([tmp_path / "in"])
@@ -109,7 +117,7 @@ def test_lists_are_lines_or_nul_separated():
 
 
 def test_demo_photographs_or_how_to_get_them(monkeypatch):
-    images = data.demo()
+    images = data.find(data.demo())
     assert {i.key for i in images} & {"bus.jpg", "grace_hopper.jpg"}
     assert min(data.read(images[0]).size) > 100
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
@@ -277,3 +285,24 @@ def test_leaving_early_ends_the_threads(pictures):
     assert threading.active_count() > before
     stream.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("turned", [1, 3, 6, 8])
+def test_the_size_is_known_from_the_header(tmp_path, kind, turned):
+    exif = PILImage.Exif()
+    exif[0x0112] = turned
+    path = tmp_path / f"a.{kind}"
+    PILImage.new("RGB", (40, 24)).save(path, exif=exif)
+    image = Image("k", 1, path, (0, 0))
+    assert data.upright_size(image) == data.read(image).size == ((40, 24) if turned > 4 else (24, 40))
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(data.Unreadable):
+        data.upright_size(image)
+
+
+def test_a_refused_file_is_a_failure_and_a_full_disk_is_not():
+    image = Image("k", 1, None, (0, 0))
+    assert data.not_written(image, OSError(errno.ENAMETOOLONG, "File name too long")) == data.Failure(image, "write", "File name too long")
+    with pytest.raises(OSError, match="full"):
+        data.not_written(image, OSError(errno.ENOSPC, "disk full"))

@@ -11,7 +11,8 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import depth as depth_module
-from depthseg.depth import Cached, DepthAnything, DepthFolder, NanoDepth, normalise, present
+from depthseg.data import find, read
+from depthseg.depth import Cached, DepthAnything, DepthFolder, NanoDepth, normalise, present, write_maps
 from depthseg.errors import MISSING_PIECE, USAGE, DepthsegError
 from depthseg.schema import Image
 
@@ -334,6 +335,77 @@ def test_any_resolution_but_not_any_shape(tmp_path):
     assert DepthFolder(tmp_path)([image(h=400, w=606)])[0].shape == (20, 30)  # 1 % off: rounding
     with pytest.raises(DepthsegError, match=r"a\.npy is 30 x 20 pixels.* 40 x 60"):
         DepthFolder(tmp_path)([image(h=60, w=40)])
+    save(tmp_path / "thin.npy", METRES[:3])  # 3 of exactly 2.55 rows
+    assert DepthFolder(tmp_path)([image("thin.jpg", h=85, w=2000)])[0].shape == (3, 60)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """a.jpg and b.jpg, 60 x 40; c.jpg, the same turned by EXIF; and d.jpg, which is broken behind its header."""
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed, name in enumerate("abcd"):
+        picture = PILImage.fromarray(image(seed=seed).pixels)
+        picture.save(folder / f"{name}.jpg", **({"exif": exif} if name == "c" else {}))
+    (folder / "d.jpg").write_bytes((folder / "d.jpg").read_bytes()[:700])
+    return find([folder])
+
+
+def test_a_wrong_folder_is_known_before_the_run(photos, tmp_path):
+    save(tmp_path / "maps" / "a.png", METRES.astype(np.uint8))
+    save(tmp_path / "maps" / "b.npy", METRES)
+    save(tmp_path / "maps" / "c.tif", METRES.T.astype(np.float32))
+    DepthFolder(tmp_path / "maps").check(photos)  # d.jpg has no map, but it cannot be read either
+    save(tmp_path / "maps" / "c.tif", METRES.astype(np.float32))
+    with pytest.raises(DepthsegError, match=r"c\.tif is 60 x 40 pixels.* 40 x 60.*2 of 4 images") as error:
+        DepthFolder(tmp_path / "maps").check(photos)
+    assert error.value.code == USAGE and error.value.hint
+    (tmp_path / "maps" / "b.npy").unlink()
+    with pytest.raises(DepthsegError, match=r"no depth map for b\.jpg.*3 of 4 images"):
+        DepthFolder(tmp_path / "maps").check(photos)
+    (tmp_path / "maps" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DepthsegError, match=r"a\.png is not a readable depth map"):
+        DepthFolder(tmp_path / "maps").check(photos)
+
+
+# ---- making a folder of maps ----
+
+
+def test_maps_are_written_at_the_images_shape_and_read_back(photos, tmp_path):
+    def wide(images):
+        return [np.tile(np.linspace(0, 1, 31, dtype=np.float32), (31, 1)) for _ in images]  # of no image's shape
+
+    told = []
+    (failed,) = write_maps(photos, wide, "wide", tmp_path / "maps", 2, lambda *at: told.append(at))
+    assert (failed.image.key, failed.stage) == ("d.jpg", "read") and told[-1] == (4, 4)
+    assert json.loads((tmp_path / "maps" / "depth.json").read_text()) == {"kind": "inverse", "estimator": "wide"}
+    folder = DepthFolder(tmp_path / "maps")
+    folder.check(photos)
+    shapes = [folder([read(photo)])[0].shape for photo in photos[:3]]
+    assert shapes == [(21, 31), (21, 31), (31, 21)]
+    (tmp_path / "maps" / "b.jpg.png").unlink()
+    seen = []
+    write_maps(photos, lambda images: seen.extend(i.key for i in images) or wide(images), "wide", tmp_path / "maps", 2, lambda *at: None)
+    assert seen == ["b.jpg"]
+
+
+@pytest.mark.parametrize("holds", ["notes.txt", '{"kind": "inverse"}', '{"kind": "inverse", "estimator": "other"}', "[", "[]"])
+def test_maps_are_not_mixed_with_anything_else(photos, tmp_path, holds):
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    (folder / ("notes.txt" if holds == "notes.txt" else "depth.json")).write_text(holds)
+    with pytest.raises(DepthsegError, match="maps") as error:
+        write_maps(photos, Counting(), "mine", folder, 2, lambda *at: None)
+    assert error.value.code == USAGE and error.value.hint and len(list(folder.iterdir())) == 1
+
+
+def test_a_map_that_cannot_be_written_is_one_images_failure(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    images = [Image(key, 1, None, (4, 6), pixels) for key in ("a.jpg", f"{'b' * 254}.jpg", "c.jpg")]
+    (failed,) = write_maps(images, Counting(), "mine", tmp_path / "maps", 4, lambda *at: None)
+    assert failed.stage == "write" and failed.image is images[1] and (tmp_path / "maps" / "c.jpg.png").is_file()
 
 
 def test_the_fuller_name_comes_first(tmp_path):
@@ -363,6 +435,10 @@ def test_bad_maps(tmp_path):
         with pytest.raises(DepthsegError, match="depth map") as error:
             folder([image(f"{name}.jpg")])
         assert error.value.hint and name in error.value.message
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PILImage, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(DepthsegError, match="not a readable"):
+            folder([image("colour.jpg")])
     (tmp_path / "text.png").unlink()
     with pytest.raises(DepthsegError, match=r"text\.npy is not a readable"):
         folder([image("text.jpg")])

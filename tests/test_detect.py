@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from depthseg import schema
 from depthseg.detect import COCO_IDS, COCO_NAMES, BoxesFile, NanoBoxes, PointsFile, Yolo
-from depthseg.errors import MISSING_PIECE, USAGE, DepthsegError
+from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, USAGE, DepthsegError
 from depthseg.schema import Boxes, Image, Prompts
 
 
@@ -75,18 +75,37 @@ def test_missing_score_and_category_are_one(tmp_path):
 )
 def test_how_names_match(tmp_path, name, key, fits):
     detector = BoxesFile(write(tmp_path / "b.json", [entry(file_name=name)]))
-    assert detector.unmatched([key]) == ([] if fits else [name])
+    if fits:
+        assert detector.expect([key]) == []
+    else:
+        with pytest.raises(DepthsegError, match=f"the first is about {name}") as error:
+            detector.expect([key])
+        assert error.value.code == NOTHING_TO_DO and key in error.value.hint
     assert len(detector([image(key)])[0]) == fits
 
 
-def test_ambiguous_names(tmp_path):
-    detector = BoxesFile(write(tmp_path / "b.json", [entry(file_name="x/a.jpg"), entry(file_name="y/a.jpg")]))
-    assert [len(found) for found in detector([image("a.jpg"), image("x/a.jpg")])] == [0, 1]
-    assert detector.unmatched(["a.jpg", "x/a.jpg"]) == ["y/a.jpg"]
+def test_a_name_that_fits_two_images_is_refused_before_the_first(tmp_path):
     detector = BoxesFile(write(tmp_path / "b.json", [entry(file_name="a.jpg")]))
-    assert len(detector([image("x/a.jpg")])[0]) == len(detector([image("x/a.jpg")])[0]) == 1
-    with pytest.raises(DepthsegError, match=r"x/a\.jpg and y/a\.jpg"):
-        detector([image("y/a.jpg")])
+    with pytest.raises(DepthsegError, match=r"x/a\.jpg and y/a\.jpg") as error:
+        detector.expect(["x/a.jpg", "z.jpg", "y/a.jpg"])
+    assert error.value.code == USAGE
+    detector = BoxesFile(tmp_path / "b.json")
+    assert detector.expect(["x/a.jpg", "a.jpg"]) == []  # the whole path is not ambiguous
+    assert [len(found) for found in detector([image("x/a.jpg"), image("a.jpg")])] == [0, 1]
+
+
+def test_names_that_fit_nothing_are_told_by_entry(tmp_path):
+    entries = [entry(file_name="y/a.jpg"), entry(file_name="x/a.jpg"), {"image_id": 7, "bbox": [1, 2, 3, 4]}, entry(file_name="y/a.jpg")]
+    detector = BoxesFile(write(tmp_path / "b.json", entries))
+    assert detector.expect(["a.jpg", "x/a.jpg"]) == ["y/a.jpg", "7", "y/a.jpg"] and len(detector) == 4
+    assert [len(found) for found in detector([image("a.jpg"), image("x/a.jpg")])] == [0, 1]  # a.jpg fits two entries
+    assert BoxesFile(write(tmp_path / "b.json", [])).expect(["a.jpg"]) == []
+
+
+def test_a_users_boxes_are_all_used(tmp_path):
+    entries = [entry(score=-3), *(entry(score=0.001 * k) for k in range(150))]
+    path = write(tmp_path / "b.json", entries)
+    assert [len(BoxesFile(path, **limits)([image()])[0]) for limits in ({}, {"confidence": 0.1}, {"max_boxes": 7})] == [151, 50, 7]
 
 
 def test_image_ids(tmp_path):
@@ -94,12 +113,12 @@ def test_image_ids(tmp_path):
     path = write(tmp_path / "b.json", entries)
     detector = BoxesFile(path)
     assert [len(f) for f in detector([image("val/000000000139.jpg"), image("x139.jpg"), image("-5.jpg")])] == [1, 0, 0]
-    assert detector.unmatched(["000000000139.jpg"]) == ["5"]
+    assert detector.expect(["val/000000000139.jpg"]) == ["5"]
     table = {"images": [{"id": 139, "file_name": "cat.jpg"}], "categories": [{"id": 1, "name": "person"}]}
     detector = BoxesFile(path, images_json=write(tmp_path / "images.json", table))
     (cat, number) = detector([image("cat.jpg"), image("139.jpg")])
     assert len(cat) == 1 and len(number) == 0 and cat.names == {1: "person"}
-    assert detector.unmatched(["cat.jpg"]) == ["image_id 5"]
+    assert detector.expect(["cat.jpg"]) == ["image_id 5"]
 
 
 def test_ground_truth_file(tmp_path):
@@ -181,7 +200,7 @@ def test_points_become_prompts(tmp_path):
     assert b.labels.tolist() == [[1, schema.PADDING]] and b.points.tolist() == [[[1, 2], [0, 0]]]
     assert len(none) == 0 and none.points.shape[2] == 2
     assert source.categories(image("a.jpg")).tolist() == [4, 1, 1]
-    assert source.unmatched(["a.jpg"]) == ["b.jpg"]
+    assert source.expect(["a.jpg"]) == ["b.jpg"] and len(source) == 4
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ print("loaded:", *loaded, "code:", code, file=sys.stderr)
         *((f"{verb} --help", 0) for verb in VERBS),
         ("segment --no-such-option", 2),
         ("segment x -o y --model no-such-model", 2),
+        ("segment x -o y --model efficientvit-sam-l0", 5),
+        ("segment x -o y --boxes no-such-file.json", 2),
     ],
 )
 def test_the_help_path_is_light(words, code):

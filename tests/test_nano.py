@@ -59,7 +59,7 @@ def test_run_again_it_has_nothing_left_to_do(demo):
 
 @pytest.mark.parametrize("model, zoom", [("nano", False), ("nano-depth", False), ("nano-depth", True)])
 def test_a_box_around_a_person_gives_a_person_not_the_box(model: str, zoom: bool):
-    image = next(i for i in data.demo() if "hopper" in i.key)
+    image = next(i for i in data.find(data.demo()) if "hopper" in i.key)
     image = data.read(image)
     h, w = image.size
     box = np.array([[0.03 * w, 0.03 * h, w, h]], np.float32)  # she fills the picture

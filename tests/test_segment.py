@@ -11,7 +11,7 @@ from torch import nn
 
 from depthseg import catalog, masks
 from depthseg.data import Failure, find
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.models.depthseg import DepthSeg
 from depthseg.plan import Plan
 from depthseg.schema import CORNER_MIN, Boxes, Image, Prompts, Record
@@ -314,6 +314,39 @@ def test_clicks_from_a_file_keep_their_category(pictures, tmp_path):
     assert len(b.masks) == len(c.masks) == 0 and sorted(a.masks.label.tolist()) == [5, 6]
     both = dict(zip(a.masks.label.tolist(), a.masks.area.tolist()))
     assert both[5] > 1.5 * both[6] > 0
+
+
+def test_files_are_compared_with_all_images_before_the_run(pictures, tmp_path):
+    images = find([pictures])
+    entries = [{"file_name": name, "bbox": [1, 2, 9, 9], "score": 0.01} for name in ("a.png", *"vwxyv")]
+    boxes, table = tmp_path / "boxes.json", tmp_path / "images.json"
+    boxes.write_text(json.dumps(entries))
+    table.write_text(json.dumps({"images": []}))
+    segmenter = Segmenter(Plan(boxes=str(boxes)), images_json=table, network=Bright())
+    assert segmenter.expect(images) == ["warning: 5 of 6 entries of boxes.json name no image of this run: v, w, x, ..."]
+    assert len(segmenter.source([images[0]])[0]) == 0  # no size yet: nothing is left of the box
+    assert len(segmenter.provenance["images_json"]["sha256"]) == 64
+    with pytest.raises(DepthsegError, match="no entry names an image") as error:
+        segmenter = Segmenter(Plan(boxes=str(boxes)), network=Bright())
+        segmenter.expect([Image("other.png", 1, None, (0, 0))])
+    assert error.value.code == NOTHING_TO_DO
+    (record, *_) = run(Segmenter(Plan(boxes=str(boxes)), network=Bright()), images)
+    assert record.masks.score == pytest.approx([0.01]) or not len(record.masks)
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    network = Bright()
+    network.alpha = torch.zeros(())
+    segmenter = Segmenter(Plan(depth=str(folder)), network=network, source=around)
+    with pytest.raises(DepthsegError, match=r"no depth map for a\.png.*3 of 3"):
+        segmenter.expect(images)
+
+
+def test_detectors_get_their_defaults(monkeypatch, weights_cache):
+    monkeypatch.setattr(catalog, "resolve", lambda row: lambda *given: given[-2:])
+    (weights_cache / "nano").mkdir(parents=True)
+    (weights_cache / "nano" / "nano-boxes.safetensors").write_bytes(b"nano")
+    given = [Segmenter(Plan(detector="nano", **limits), network=Bright()).source for limits in ({}, {"confidence": 0.0, "max_boxes": 3})]
+    assert given == [(0.25, 100), (0.0, 3)]
 
 
 def test_only_slow_depth_is_cached_and_by_precision(monkeypatch, weights_cache):

@@ -164,7 +164,7 @@ def test_another_plan_is_refused_and_named(tmp_path, images):
     out = tmp_path / "out"
     run(out, images)
     before = (out / "predictions.json").read_bytes()
-    with pytest.raises(DepthsegError, match=r"confidence \(was 0.25, is 0.5\)") as caught:
+    with pytest.raises(DepthsegError, match=r"confidence \(was None, is 0.5\)") as caught:
         run(out, images, replace(PLAN, confidence=0.5))
     assert "--overwrite" in caught.value.hint and "batch" not in caught.value.message
     assert (out / "predictions.json").read_bytes() == before

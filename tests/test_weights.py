@@ -41,7 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def row(server: str, name: str) -> Row:
-    return Row("depthseg.detect:Yolo", file=f"sub/{name}", url=f"{server}/{name}")
+    return Row("depthseg.detect:Yolo", file=f"sub/{name}", url=f"{server}/{name}", role="detector")
 
 
 @pytest.mark.parametrize("name", ["whole.pt", "unsized.pt"])
@@ -53,6 +53,8 @@ def test_a_file_is_fetched_once(server, weights_cache, name):
     assert path == weights_cache / "sub" / name == catalog.find(entry)
     assert weights.sha256(path) == hashlib.sha256(BODY).hexdigest() and weights.state(entry) == "here"
     assert told[-1] == (len(BODY), 0 if name == "unsized.pt" else len(BODY)) and len(told) > 1
+    (weights_cache / "plain").touch()
+    assert path.stat().st_mode == (weights_cache / "plain").stat().st_mode  # others may read it as far as the umask says
     path.write_bytes(b"mine")
     assert weights.pull(entry, "thing").read_bytes() == b"mine"
 
@@ -61,7 +63,7 @@ def test_a_file_is_fetched_once(server, weights_cache, name):
 def test_nothing_half_written_remains(server, weights_cache, name, reason):
     with pytest.raises(DepthsegError, match=reason) as error:
         weights.pull(row(server, name), "thing")
-    assert error.value.code == MISSING_PIECE and "--weights" in error.value.hint
+    assert error.value.code == MISSING_PIECE and "--boxes FILE" in error.value.hint and "--weights" not in error.value.hint
     assert [p for p in weights_cache.rglob("*") if p.is_file()] == []
 
 
@@ -88,10 +90,10 @@ def test_without_a_network_it_fails_at_once(monkeypatch, source):
 def test_the_probe_goes_to_the_proxy_where_there_is_one(server, monkeypatch):
     monkeypatch.delenv("no_proxy")
     monkeypatch.setenv("https_proxy", server)
-    weights._probe("https://nowhere.invalid/x.pt", "thing")
+    weights._probe("https://nowhere.invalid/x.pt", Row(""), "thing")
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(DepthsegError):
-        weights._probe("https://nowhere.invalid/x.pt", "thing")
+        weights._probe("https://nowhere.invalid/x.pt", Row(""), "thing")
 
 
 def test_a_file_of_the_hub_lands_in_our_cache(server, tmp_path, weights_cache, monkeypatch):
@@ -111,7 +113,7 @@ def test_a_file_of_the_hub_lands_in_our_cache(server, tmp_path, weights_cache, m
     path = weights.pull(entry, "efficientvit-sam-l0")
     assert asked == [(entry.hub, "efficientvit_sam_l0.pt")]
     assert path == weights_cache / "efficientvit_sam_l0.pt" == catalog.find(entry) and path.read_bytes() == b"weights"
-    assert [p.name for p in weights_cache.iterdir()] == [path.name]
+    assert [p.name for p in weights_cache.iterdir()] == [path.name] and weights.locate(entry, "thing", False) == path
     assert catalog.find(catalog.MODELS["efficientvit-sam-l0-depth"]) == path
 
 
@@ -142,3 +144,23 @@ def test_state_in_a_word(tmp_path, weights_cache, monkeypatch):
     monkeypatch.setattr(catalog, "embedded", lambda: tmp_path)
     Path(tmp_path, "own.pt").write_bytes(b"x")
     assert weights.state(Row("", file="own.pt")) == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("entry", "ways"),
+    [
+        (catalog.MODELS["efficientvit-sam-l0"], ["--weights PATH"]),
+        (catalog.DETECTORS["yolov8m"], ["--boxes FILE", "--detector nano or grid"]),
+        (Row("", file="x", role="depth"), ["--depth FOLDER", "--depth nano"]),
+    ],
+)
+def test_the_ways_out_fit_the_role(entry, ways):
+    with pytest.raises(DepthsegError, match="not on this machine") as error:
+        weights.locate(entry, "thing", False)
+    assert error.value.code == MISSING_PIECE and all(way in error.value.hint for way in [*ways, "--pull"])
+    assert all(row.role == role for role, rows in (("depth", catalog.DEPTHS), ("detector", catalog.DETECTORS)) for row in rows.values())
+
+
+def test_equal_terms_are_said_once():
+    rows = {"model a": Row("", licence="GPL"), "depth b": Row("", licence="GPL", note="slow"), "c": Row("", licence="Apache-2.0")}
+    assert catalog.terms(rows) == ["model a, depth b: licence GPL", "depth b: slow"]
