@@ -103,7 +103,7 @@ def evaluate(
     else:
         scores = _offline(segmenter, truths, tell)
     return {
-        "protocol": PROTOCOLS[prompt] + ("; each box on a crop of its own (zoom)" if plan.zoom and prompt != "point" else ""),
+        "protocol": PROTOCOLS[prompt] + ("; each box on a crop of its own (zoom)" if segmenter.zoom and prompt != "point" else ""),
         "images": len(truths),
         "annotations": sum(len(t.rle) for t in truths),
         **scores,

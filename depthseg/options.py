@@ -95,8 +95,12 @@ MinRegion = Annotated[
     int, typer.Option(min=0, help="grid: fill holes and drop islands smaller than this, in pixels.", rich_help_panel=PROMPTS)
 ]
 Zoom = Annotated[
-    bool,
-    typer.Option(help="Decode every box on a crop of its own: slower, better on small objects.", rich_help_panel=PROMPTS),
+    bool | None,
+    typer.Option(
+        "--zoom/--no-zoom",
+        help="Decode every box on a crop of its own: better on small objects. Without either: nano does, the large models do not.",
+        rich_help_panel=PROMPTS,
+    ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in one call of the encoder.", rich_help_panel=MODEL)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUN)]

@@ -33,7 +33,7 @@ class Plan:
     prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
     confidence: float | None = None  # boxes under this score are dropped; None: CONFIDENCE for a detector, none of a file's
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
-    zoom: bool = False  # decode every box again on a crop of twice its size
+    zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
     points_per_side: int = 16  # grid: points along each side of the image
     min_predicted_iou: float = 0.7  # grid
     min_stability: float = 0.85  # grid

@@ -121,6 +121,7 @@ class Segmenter:
         self._pull, self._progress = pull, progress
         self._chosen_rows: dict[str, catalog.Row] = {}  # by role and name
         self.network = (network if network is not None else self._build_network()).to(self.device)
+        self.zoom = self.network.zoom_side < self.network.side if plan.zoom is None else plan.zoom
         self.source = source if source is not None else self._build_source(images_json)
         self.depth = depth if depth is not None else self._build_depth()
         self.notes += catalog.terms(self._chosen_rows)
@@ -263,12 +264,12 @@ class Segmenter:
     ) -> list[list[Answer]]:
         """The answers to the prompts of each whole picture, in the order of the prompts.
 
-        With plan.zoom, prompts with a box are asked on a crop around it instead. strict: as in `decode`.
+        With `zoom`, prompts with a box are asked on a crop around it instead. strict: as in `decode`.
         spent: seconds by stage are added here.
         """
         spent = defaultdict(float) if spent is None else spent
         answers: list[list[Answer]] = [[] for _ in views]
-        zoomed = [self.plan.zoom & (p.labels == CORNER_MIN).any(1) for p in asked]  # bool (P,) for each view
+        zoomed = [self.zoom & (p.labels == CORNER_MIN).any(1) for p in asked]  # bool (P,) for each view
         wholes = [(v, np.flatnonzero(~z)) for v, z in enumerate(zoomed) if not z.all()]
         crops = [(v, np.array([i])) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]  # one view, one prompt
 
