@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from depthseg.errors import DepthsegError
-from depthseg.models.checkpoint import load_into, read
+from depthseg.models.checkpoint import load_into, read, save
 from depthseg.models.depthseg import build
 
 
@@ -59,3 +59,17 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, network, monkeypatch)
         with pytest.raises(DepthsegError):
             load_into(network, tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+def test_large_variances_survive_the_export_and_damage_is_refused(tmp_path) -> None:
+    network = build("nano", depth=False)
+    norm = network.image_encoder.backbone.stages[0].op_list[0].norm
+    norm.running_var.fill_(1e5)  # more than fp16 holds
+    save(network, tmp_path / "w.safetensors", {})
+    again = build("nano", depth=False)
+    load_into(again, tmp_path / "w.safetensors")
+    assert (again.image_encoder.backbone.stages[0].op_list[0].norm.running_var == 1e5).all()
+    norm.running_var[0] = float("inf")
+    save(network, tmp_path / "w.safetensors", {})
+    with pytest.raises(DepthsegError, match="not finite"):
+        load_into(again, tmp_path / "w.safetensors")

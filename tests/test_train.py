@@ -15,6 +15,8 @@ from PIL import Image as PILImage
 from depthseg import masks, sa1b
 from depthseg.augment import view
 from depthseg.errors import DepthsegError
+from depthseg.models.checkpoint import save
+from depthseg.models.depthseg import build
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE
 from depthseg.train import TrainPlan, train
 
@@ -167,14 +169,26 @@ def _interrupted(plan: TrainPlan) -> None:
 def test_refusals(root, tmp_path) -> None:
     with pytest.raises(DepthsegError, match="no stage"):
         train(_plan(root, tmp_path / "x", stage="9"))
-    with pytest.raises(DepthsegError, match="has none"):
+    with pytest.raises(DepthsegError, match="starts from a trained model"):
         train(_plan(root, tmp_path / "x", stage="1"))
+    start = tmp_path / "start.safetensors"
+    save(build("nano", depth=False), start, {})
+    with pytest.raises(DepthsegError, match="has none"):
+        train(_plan(root, tmp_path / "x", stage="1", init=str(start)))
     with pytest.raises(DepthsegError, match="needs depth maps"):
-        train(_plan(root, tmp_path / "x", stage="2", model="nano-depth"))
+        train(_plan(root, tmp_path / "x", stage="2", model="nano-depth", init=str(start)))
+    (tmp_path / "maps").mkdir()
+    with pytest.raises(DepthsegError, match="depth map"):
+        train(_plan(root, tmp_path / "x", stage="2", model="nano-depth", init=str(start), depth_maps=str(tmp_path / "maps")))
+    with pytest.raises(DepthsegError, match="no loss called blur"):
+        train(_plan(root, tmp_path / "x", losses={"blur": 1.0}))
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "last.pt").touch()
     with pytest.raises(DepthsegError, match="--resume"):
         train(_plan(root, tmp_path / "y"))
+    (tmp_path / "y" / "plan.json").write_text("{}")
+    with pytest.raises(DepthsegError, match="other options"):
+        train(_plan(root, tmp_path / "y"), resume=True)
 
 
 def test_two_processes_train_one_model(root, tmp_path) -> None:

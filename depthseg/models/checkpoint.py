@@ -71,11 +71,15 @@ def load_into(network: nn.Module, path: Path) -> None:
         }
     if lines := difference(network, state):
         raise DepthsegError(f"{path} does not fit this network: {'; '.join(lines)}", "Is --model the one the checkpoint was made for?")
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise DepthsegError(
+            f"{path} holds values that are not finite, in {', '.join(bad[:3])}", "The file is damaged: fetch or export it again."
+        )
     network.load_state_dict(state, strict=True)  # fp16 tensors are copied into the network's fp32 ones
 
 
 def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write inference weights as fp16 safetensors, under a temporary name first."""
-    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
+    """Write inference weights as safetensors: kernels and matrices in fp16, vectors in fp32, since variances may exceed fp16's 65504."""
+    state = {k: (v.half() if v.is_floating_point() and v.ndim > 1 else v).contiguous() for k, v in network.state_dict().items()}
     with atomic(path) as part:
         save_file(state, part, metadata)
