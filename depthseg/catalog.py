@@ -86,7 +86,7 @@ def _depths() -> dict[str, Row]:
 
 def _detectors() -> dict[str, Row]:
     rows = {
-        "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=384, licence=_NANO, role="detector"),
+        "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=256, licence=_NANO, role="detector"),
         "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector"),
     }
     for size in "nsmlx":

@@ -27,7 +27,7 @@ def _block() -> nn.Sequential:
 class BoxNet(nn.Module):
     """(B, 3, S, S) normalised as by Frame.image -> scores (B, N) in 0..1 and boxes (B, N, 4) xyxy in input pixels."""
 
-    side = 384
+    side = 256
 
     def __init__(self) -> None:
         super().__init__()
