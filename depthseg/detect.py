@@ -34,7 +34,7 @@ COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69,
 
 YOLO_SIDE = 640  # pixels, as trained
 YOLO_IOU = 0.7  # of its own suppression: ultralytics' default
-NANO_IOU = 0.6
+NANO_SHARED = 0.5  # of the smaller box
 
 
 def _best(xyxy: Array, score: Array, label: Array, names: dict[int, str], size: tuple[int, int], least: float, most: int | None) -> Boxes:
@@ -384,7 +384,11 @@ class Yolo:
 
 
 class NanoBoxes:
-    """Our own network of models/boxes.py: boxes around whatever looks like an object. One label, 1."""
+    """Our own network of models/boxes.py: boxes around whatever looks like an object. One label, 1.
+
+    The network is unsure and likes parts. So a box's score is the geometric mean of what the network says and of the box's size (the
+    root of its share of the picture), and a box is dropped when half of it, or of a better box, lies in the other: wholes win.
+    """
 
     def __init__(
         self,
@@ -418,13 +422,19 @@ class NanoBoxes:
         return [self._kept(s.float(), b.float(), frame) for s, b, frame in zip(scores, boxes, frames)]
 
     def _kept(self, score: Any, xyxy: Any, frame: Frame) -> Boxes:
-        """Scores (N,) and boxes (N, 4) of the network's square -> the best boxes in original pixels, duplicates suppressed."""
-        from torchvision.ops import nms
-
-        sure = score >= self.confidence
-        score, xyxy = score[sure], xyxy[sure]
-        keep = nms(xyxy, score, NANO_IOU)
+        """Scores (N,) and boxes (N, 4) of the network's square -> the best boxes in original pixels, without their parts."""
         (h, w), (ih, iw) = frame.size, frame.inner
-        xyxy = xyxy[keep].cpu().numpy() * np.array([w / iw, h / ih] * 2)
+        xyxy = np.clip(xyxy.cpu().numpy() * np.array([w / iw, h / ih] * 2), 0, (w, h, w, h))
+        area = (xyxy[:, 2:] - xyxy[:, :2]).clip(0).prod(1)
+        score = np.sqrt(score.cpu().numpy() * np.sqrt(area / (h * w)))
+        order = np.argsort(-score, kind="stable")
+        keep: list[int] = []
+        for at in order[score[order] >= self.confidence]:
+            low, high = np.maximum(xyxy[at, :2], xyxy[keep, :2]), np.minimum(xyxy[at, 2:], xyxy[keep, 2:])
+            shared = (high - low).clip(0).prod(1) / np.minimum(area[at], area[keep]).clip(1e-6)
+            if not (shared > NANO_SHARED).any():
+                keep.append(int(at))
+            if len(keep) == self.max_boxes:
+                break
         names = {1: "object"}
-        return _best(xyxy, score[keep].cpu().numpy(), np.ones(len(keep)), names, frame.size, self.confidence, self.max_boxes)
+        return _best(xyxy[keep], score[keep], np.ones(len(keep)), names, frame.size, self.confidence, self.max_boxes)
