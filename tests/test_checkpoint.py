@@ -27,7 +27,7 @@ def test_missing_file(tmp_path, network) -> None:
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("content", [b"", b"junk", b"a text", b"not a checkpoint", b"\x80\x02}q\x00."])
 def test_garbage(tmp_path, network, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DepthsegError):
