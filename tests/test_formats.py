@@ -135,7 +135,8 @@ def test_tags_stay_inside_and_apart(monkeypatch):
 
 def test_empty_masks_and_odd_names_are_drawn():
     size = (40, 40)
-    formats.overlay(np.zeros((*size, 3), np.uint8), answer(np.zeros(size, bool), block(size, 0, 0, 1, 1), name="犬 é\n" * 30))
+    masks = answer(np.zeros(size, bool), block(size, 0, 0, 1, 1), name="犬 é\n" * 30)
+    assert np.asarray(formats.overlay(np.zeros((*size, 3), np.uint8), masks)).any(), "nothing was drawn on the black picture"
 
 
 def test_near_is_bright():
