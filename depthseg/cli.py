@@ -1,7 +1,8 @@
 """The command line: a command parses, calls one function and prints. The only place that prints or exits.
 
 Data that was asked for (tables, the path of the output) goes to stdout, everything else to stderr. Only ground modules are
-imported at the top, so that help, version and argument errors cost no torch.
+imported at the top, so that help, version and argument errors cost no torch. Longer than other files because an option takes
+several lines: what two commands share is in options.py, and what a command does is a call.
 """
 
 import contextlib

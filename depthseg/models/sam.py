@@ -53,7 +53,6 @@ def prompt_maps(points: Tensor, labels: Tensor, size: int) -> Tensor:
     a, b = ((points * which[..., None]).sum(1) for which in (low, high))  # (P, 2)
     half = ((b - a) / 2).clamp_min(0.5 / size)
     mid = (a + b) / 2
-    out = []
     inside, relative = [], []
     for axis in (0, 1):  # x, y
         t = centre[None]  # (1, size)
