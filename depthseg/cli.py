@@ -297,7 +297,10 @@ def train(
         Literal["0", "1", "2", "depth", "boxes"],
         typer.Option(help="0 the RGB model, 1 the depth encoder alone, 2 end to end; depth, boxes: nano's estimator and detector."),
     ],
-    data: Annotated[list[Path], typer.Option(help="SA-1B layout, folder or tars; repeatable.", rich_help_panel=INPUT, metavar="ROOT")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="SA-1B layout, folder or tars, or a COCO instances file; repeatable.", rich_help_panel=INPUT, metavar="ROOT"),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of checkpoints and curves.", rich_help_panel=OUTPUT)],
     model: opt.ModelName = Plan.model,
     init: Annotated[str | None, typer.Option(help="Start from these weights.", rich_help_panel=MODEL, metavar="FILE")] = None,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as PILImage
-from pycocotools import mask as coco
 
 from depthseg import masks, metrics, prompts, sa1b
 from depthseg.data import Failure, read, read_ahead
@@ -127,7 +126,7 @@ def read_truth(images: Path, annotations: Path, subset: int | None = None) -> li
             if row["image_id"] in rows and row.get("area", 1) >= 1:
                 rows[row["image_id"]].append(row)
         sizes = {row["id"]: (int(row["height"]), int(row["width"])) for row in listed}
-        rles = {i: [_rle(row["segmentation"], sizes[i]) for row in found] for i, found in rows.items()}
+        rles = {i: [masks.of_coco(row["segmentation"], sizes[i]) for row in found] for i, found in rows.items()}
         boxes = {i: np.array([row["bbox"] for row in found], np.float32).reshape(-1, 4) for i, found in rows.items()}
     except OSError as error:
         raise DepthsegError(f"cannot read {annotations} ({error.strerror})") from error
@@ -157,23 +156,6 @@ def _locate(folder: Path, row: dict) -> Path:
     for path in folder.glob(f"{row['id']:012d}.*"):
         return path
     raise DepthsegError(f"the image {name or row['id']} is not in {folder}", "Give the folder that the annotations are about.")
-
-
-def _rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
-    """Compressed RLE with string counts of polygons, or of an RLE that may be compressed already."""
-    if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if len(p) >= 6]  # pycocotools would read four numbers as a box
-        if not polygons:
-            return masks.encode(np.zeros(size, bool))
-        rle = coco.merge(coco.frPyObjects(polygons, *size))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco.frPyObjects(segmentation, *size)
-    else:
-        rle = segmentation
-    if tuple(rle["size"]) != size:
-        raise ValueError(f"a mask of {rle['size']} on an image of {size}")
-    counts = rle["counts"]
-    return {"size": list(size), "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
 
 
 def _read(truths: list[Truth], batch: int) -> Iterator[list[tuple[Truth, Image]]]:

@@ -28,6 +28,23 @@ def decode(rle: dict) -> Array:
     return coco.decode(rle).astype(bool)
 
 
+def of_coco(segmentation: list | dict, size: tuple[int, int]) -> dict:
+    """Compressed RLE of an annotation's `segmentation`: polygons, or an RLE that may be compressed already. ValueError if another size."""
+    if isinstance(segmentation, list):
+        polygons = [p for p in segmentation if len(p) >= 6]  # pycocotools would read four numbers as a box
+        if not polygons:
+            return encode(np.zeros(size, bool))
+        rle = coco.merge(coco.frPyObjects(polygons, *size))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco.frPyObjects(segmentation, *size)
+    else:
+        rle = segmentation
+    if tuple(rle["size"]) != size:
+        raise ValueError(f"a mask of {rle['size']} on an image of {size}")
+    counts = rle["counts"]
+    return {"size": list(size), "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
+
+
 def area(rles: Sequence[dict]) -> Array:
     """Pixels of each mask, int64 (N,)."""
     # pycocotools 2.0.11 with NumPy 2 refuses more than 255 masks in one call (it makes their number a uint8).
@@ -46,6 +63,15 @@ def iou(a: Sequence[dict], b: Sequence[dict]) -> Array:
     if not len(a) or not len(b):
         return np.zeros((len(a), len(b)))
     return coco.iou(list(a), list(b), [0] * len(b))
+
+
+def outermost(rles: Sequence[dict], share: float = 0.8) -> Array:
+    """Indices of the masks that are no part of another: not `share` of their pixels lie in one larger mask."""
+    sizes = area(rles)
+    if not len(sizes):
+        return np.zeros(0, np.int64)
+    inside = coco.iou(list(rles), list(rles), [1] * len(rles))  # as for crowds: the intersection over the first mask's own area
+    return np.nonzero(~((inside > share) & (sizes[None] > sizes[:, None])).any(1))[0]
 
 
 def stability(low: Array, offset: float = 1.0) -> Array:

@@ -1,6 +1,7 @@
 """Training samples in SA-1B's layout: `sa_N.jpg` beside `sa_N.json`, in folders or in tar archives (plain or gzip, as published).
 
-Also reads RGB + depth pairs (`rgb/`, `depth/`, a manifest). Knows nothing of crops, prompts or tensors.
+Also reads a COCO instances file, whose pictures lie below its own folder, and RGB + depth pairs (`rgb/`, `depth/`, a manifest).
+Knows nothing of crops, prompts or tensors.
 """
 
 import csv
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
+from depthseg import masks
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array
 
@@ -27,6 +29,7 @@ class Entry:
     source: str = ""  # where the picture came from, if a manifest.csv in the root says so
     image: tuple[int, int] | None = None  # offset and length inside the archive
     annotation: tuple[int, int] | None = None
+    segmentations: tuple[list | dict, ...] | None = None  # of a COCO file, which is read once
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,22 @@ def _in_tar(path: Path) -> list[Entry]:
     ]
 
 
+def _in_coco(path: Path) -> list[Entry]:
+    """The pictures of a COCO instances file that show an object, without crowd regions; the source is the file's name."""
+    try:
+        content = json.loads(path.read_bytes())
+        segmentations: dict[int, list] = {}
+        for a in content["annotations"]:
+            if not a.get("iscrowd"):
+                segmentations.setdefault(a["image_id"], []).append(a["segmentation"])
+        names = {i["id"]: i["file_name"] for i in content["images"]}
+        return [Entry(names[k], path.parent, path.name, segmentations=tuple(v)) for k, v in segmentations.items()]
+    except (ValueError, KeyError, TypeError) as e:
+        raise DepthsegError(f"{path} is not a COCO instances file ({type(e).__name__}: {e})", "It needs images and annotations.") from e
+
+
 def index(roots: list[Path]) -> list[Entry]:
-    """All samples below the roots (folders, or .tar files themselves), in a fixed order.
+    """All samples below the roots (folders, .tar files themselves, or COCO instances files), in a fixed order.
 
     Raises DepthsegError when a root is missing or holds no pair of picture and annotation.
     """
@@ -84,7 +101,7 @@ def index(roots: list[Path]) -> list[Entry]:
                 sources = {r["file"]: r.get("source_repo", "") for r in csv.DictReader(f) if "file" in r}
         found = []
         if root.is_file():
-            found = _in_tar(root)
+            found = _in_coco(root) if root.suffix == ".json" else _in_tar(root)
         else:
             for annotation in sorted(root.rglob("sa_*.json")):
                 picture = annotation.with_suffix(".jpg")
@@ -104,7 +121,8 @@ def index(roots: list[Path]) -> list[Entry]:
 
 def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:
     if where is None:
-        return (entry.root / entry.key).with_suffix(suffix).read_bytes()
+        picture = entry.root / entry.key
+        return (picture if suffix == ".jpg" else picture.with_suffix(suffix)).read_bytes()
     with entry.root.open("rb") as f:
         f.seek(where[0])
         return f.read(where[1])
@@ -114,6 +132,8 @@ def load(entry: Entry) -> Sample:
     """The picture and its masks, decoded and checked against each other. Raises ValueError naming the sample."""
     try:
         pixels = np.asarray(PILImage.open(io.BytesIO(_bytes(entry, ".jpg", entry.image))).convert("RGB"))
+        if entry.segmentations is not None:
+            return Sample(entry.key, pixels, [masks.of_coco(s, pixels.shape[:2]) for s in entry.segmentations])
         annotations = json.loads(_bytes(entry, ".json", entry.annotation))["annotations"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{entry.key}: {e}") from e

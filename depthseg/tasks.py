@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from depthseg import losses, masks, sa1b
 from depthseg.augment import View, view
@@ -245,7 +246,7 @@ class DepthLoss(nn.Module):
 
 @dataclass
 class BoxData:
-    """Whole pictures with the boxes of their objects: masks nested in others or too small are left out."""
+    """Pictures, or large parts of them, with the boxes of their objects: parts of objects and what is too small are left out."""
 
     entries: list[sa1b.Entry]
     chance: Array
@@ -259,7 +260,7 @@ class BoxData:
 
     def __getitem__(self, step: int) -> Batch:
         rng = _rng(self.seed, step, self.rank)
-        side = BoxNet.side
+        side = int(rng.choice((BoxNet.side * 3 // 4, BoxNet.side)))  # cheaper batches in between, and objects of other sizes
         rgb, boxes, owner = [], [], []
         for n in range(self.batch):
             _, sample = _readable(self.entries, self.chance, rng)
@@ -268,7 +269,7 @@ class BoxData:
             ch, cw = int(h * share), int(w * share)
             top, left = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
             pixels = _jitter(sample.pixels[top : top + ch, left : left + cw], rng)
-            b = masks.boxes(sample.rles) if sample.rles else np.zeros((0, 4), np.float32)
+            b = masks.boxes([sample.rles[i] for i in masks.outermost(sample.rles)])
             seen = np.stack([b[:, 0].clip(left, left + cw), b[:, 1].clip(top, top + ch),
                              b[:, 2].clip(left, left + cw), b[:, 3].clip(top, top + ch)], 1)  # fmt: skip
             before, after = ((r[:, 2:] - r[:, :2]).prod(1) for r in (b, seen))
@@ -294,7 +295,10 @@ class BoxData:
 
 
 class BoxLoss(nn.Module):
-    """Centre-based assignment as FCOS: focal loss on the scores, GIoU on the boxes of positive cells."""
+    """Centre-based assignment as FCOS, GIoU on the boxes of positive cells, and scores that learn the IoU of their box.
+
+    The last is the quality focal loss of Li et al. 2020: a cell's score is to rank its box, not only to say that something is there.
+    """
 
     REACH = ((0, 64), (48, 160), (120, 1e6))  # longest side of the objects that each stride answers for, input pixels
 
@@ -303,7 +307,7 @@ class BoxLoss(nn.Module):
         self.network = network
 
     def forward(self, batch: Batch) -> Batch:
-        from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+        from torchvision.ops import generalized_box_iou_loss
 
         logits, boxes, cells = self.network.raw(batch["rgb"])
         truth, owner = batch["boxes"], batch["owner"]
@@ -323,12 +327,21 @@ class BoxLoss(nn.Module):
             positive[owner[k], mine] = True
             match[owner[k], mine] = k
         count = positive.sum().clamp_min(1)
-        score = sigmoid_focal_loss(logits, positive.float(), alpha=0.3, gamma=2.0, reduction="sum") / count
+        quality = torch.zeros_like(logits)
+        box = boxes.sum() * 0
         if positive.any():
-            box = generalized_box_iou_loss(boxes[positive], truth[match[positive]], reduction="mean")
-        else:
-            box = boxes.sum() * 0
-        return {"score": score, "box": box}
+            found, wanted = boxes[positive], truth[match[positive]]
+            box = generalized_box_iou_loss(found, wanted, reduction="mean")
+            quality[positive] = _iou(found.detach(), wanted)
+        error = (logits.sigmoid() - quality).abs()
+        score = (error.square() * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")).sum() / count
+        return {"score": score, "box": box, "true_iou": quality.sum() / count}
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes xyxy in pairs, (N, 4) and (N, 4) -> (N,)."""
+    shared = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(1)
+    return shared / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared)
 
 
 def loss_of(network: nn.Module, mask: float, dice: float, direct: bool) -> nn.Module:

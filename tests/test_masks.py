@@ -53,6 +53,14 @@ def test_nothing_is_allowed():
     assert np.array_equal(masks.label_map([], (2, 3)), np.zeros((2, 3)))
 
 
+def test_outermost():
+    whole, part, apart = np.zeros((3, 20, 20), bool)
+    whole[2:12, 2:12] = part[5:9, 5:9] = apart[8:18, 8:18] = True
+    rles = [masks.encode(m) for m in (part, whole, apart, whole)]
+    assert masks.outermost(rles).tolist() == [1, 2, 3]  # equal masks are no parts of each other
+    assert masks.outermost([]).tolist() == []
+
+
 def test_hundreds_of_masks():
     rles = [masks.encode(np.arange(700).reshape(1, -1) < n) for n in range(700)]
     assert np.array_equal(masks.area(rles), np.arange(700))

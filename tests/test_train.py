@@ -67,6 +67,34 @@ def test_manifest_names_the_source(root) -> None:
     assert [e.source for e in sa1b.index([root])] == ["", "", "somewhere", ""]
 
 
+def test_a_coco_file_is_a_data_set(root, tmp_path) -> None:
+    (tmp_path / "photos").mkdir()
+    sample = sa1b.load(sa1b.index([root])[0])
+    PILImage.fromarray(sample.pixels).save(tmp_path / "photos" / "a.png")
+    polygon = [[10, 10, 50, 10, 50, 40, 10, 40]]
+    found = [{"image_id": 3, "segmentation": s, "iscrowd": i} for i, s in enumerate([polygon, sample.rles[0]])]
+    content = {"images": [{"id": 3, "file_name": "photos/a.png"}, {"id": 4, "file_name": "empty.png"}], "annotations": found}
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    (entry,) = sa1b.index([path])  # a picture without objects is none
+    assert (entry.key, entry.source) == ("photos/a.png", "instances.json")
+    again = sa1b.load(entry)
+    assert np.array_equal(again.pixels, sample.pixels)
+    assert masks.boxes(again.rles).tolist() == [[10, 10, 50, 40]]  # without the crowd
+    path.write_text("[]")
+    with pytest.raises(DepthsegError, match="not a COCO instances file"):
+        sa1b.index([path])
+
+
+def test_a_coco_file_of_other_sizes_is_named(root, tmp_path) -> None:
+    PILImage.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    rle = sa1b.load(sa1b.index([root])[0]).rles[0]
+    rows = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "segmentation": rle}]}
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"a\.png: a mask of"):
+        sa1b.load(sa1b.index([tmp_path / "x.json"])[0])
+
+
 def test_bad_roots(tmp_path) -> None:
     with pytest.raises(DepthsegError, match="no such data folder"):
         sa1b.index([tmp_path / "none"])
