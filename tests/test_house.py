@@ -30,8 +30,8 @@ LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy"},
-    "tensors": {"torch", "timm", "safetensors"},
-    "stages": {"transformers", "torchvision", "ultralytics", "huggingface_hub"},
+    "tensors": {"torch", "torchvision", "timm", "safetensors"},
+    "stages": {"transformers", "ultralytics", "huggingface_hub"},
     "segment": set(),
     "verbs": set(),
     "edge": {"typer", "rich"},

@@ -1,7 +1,12 @@
-"""Weights in and out of networks: official .pt files and our own safetensors, loaded strictly or refused with a readable difference."""
+"""Weights in and out of networks: safetensors, torch files and detectron2's pickles, loaded strictly or refused with a readable
+difference. No file is ever allowed to run code.
+"""
 
+import pickle
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -10,15 +15,52 @@ from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.formats import atomic
 
 
+_OF_ARRAYS = frozenset(
+    [
+        ("numpy.core.multiarray", "_reconstruct"),  # before NumPy 2
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),  # how Python 3 pickles bytes for Python 2
+        ("collections", "OrderedDict"),
+    ]
+)
+
+
+class _Arrays(pickle.Unpickler):
+    """Admits NumPy arrays in plain containers and nothing else, above all no function that a file may want to be called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _OF_ARRAYS:
+            raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _pickled(file: IO[bytes]) -> dict[str, Tensor]:
+    """The arrays of a detectron2 file: {"model": {name: array}, "__author__": ...}."""
+    content = _Arrays(file, encoding="latin1").load()
+    table = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
+    return {k: torch.from_numpy(np.array(v)) if isinstance(v, np.ndarray) else v for k, v in table.items()}
+
+
+def _from_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".pkl":
+        with path.open("rb") as file:
+            return _pickled(file)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: safetensors, or a torch file holding them flat or under `state_dict`.
+    """The tensors of a checkpoint by name: safetensors, a torch file holding them flat or under `state_dict`, or detectron2's .pkl.
 
     Never executes code from the file. Raises DepthsegError when there is no such file or it is no checkpoint.
     """
     if not path.is_file():
         raise DepthsegError(f"no such weights file: {path}", "Check the path.", MISSING_PIECE)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = _from_file(path)
     except Exception as e:  # on foreign bytes the readers raise anything from struct.error to IndexError: all mean the same
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise DepthsegError(f"{path} is not a readable checkpoint ({reason})", "The file may be cut off: fetch it again.") from e
