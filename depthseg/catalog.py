@@ -7,7 +7,7 @@ which terms. Choices in `--help`, `depthseg models`, loading and the test matrix
 import difflib
 import importlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,71 @@ def _depths() -> dict[str, Row]:
     return rows
 
 
+_VITDET = {  # size, data, cascade -> run and file, as listed by detectron2's projects/ViTDet
+    ("b", "coco", True): "f325358525/model_final_435fa9.pkl",
+    ("l", "coco", True): "f328021305/model_final_1a9f28.pkl",
+    ("h", "coco", True): "f328730692/model_final_f05665.pkl",
+    ("b", "lvis", True): "329226874/model_final_df306f.pkl",
+    ("l", "lvis", True): "329042206/model_final_3e81c2.pkl",
+    ("h", "lvis", True): "332552778/model_final_11bbb7.pkl",
+    ("b", "coco", False): "f325346929/model_final_61ccd1.pkl",
+    ("l", "coco", False): "f325599698/model_final_6146ed.pkl",
+    ("h", "coco", False): "f329145471/model_final_7224f1.pkl",
+    ("b", "lvis", False): "329225748/model_final_5251c5.pkl",
+    ("l", "lvis", False): "329211570/model_final_021b3a.pkl",
+    ("h", "lvis", False): "332434656/model_final_866730.pkl",
+}
+
+
 def _detectors() -> dict[str, Row]:
+    detect = "depthseg.detect"
     rows = {
-        "nano": Row("depthseg.detect:NanoBoxes", file="nano/nano-boxes.safetensors", input=256, licence=_NANO, role="detector"),
+        "nano": Row(f"{detect}.nano:NanoBoxes", file="nano/nano-boxes.safetensors", input=256, licence=_NANO, role="detector"),
         "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector"),
     }
     for size in "nsmlx":
         rows[f"yolov8{size}"] = Row(
-            "depthseg.detect:Yolo",
+            f"{detect}.yolo:Yolo",
             file=f"yolov8{size}.pt",
             url=f"https://github.com/ultralytics/assets/releases/download/v8.3.0/yolov8{size}.pt",
             input=640,
             licence="AGPL-3.0",
             role="detector",
         )
+    for size, data in (("nano", "coco"), ("small", "obj2coco"), ("medium", "obj2coco"), ("large", "obj2coco"), ("xlarge", "obj2coco")):
+        rows[f"dfine-{size}"] = Row(
+            f"{detect}.hub:HubDetector",
+            hub=f"ustc-community/dfine-{size}-{data}",
+            input=640,
+            licence="Apache-2.0",
+            role="detector",
+        )
+    for depth in ("18", "34", "50", "101"):
+        rows[f"rtdetrv2-r{depth}"] = Row(
+            f"{detect}.hub:HubDetector", hub=f"PekingU/rtdetr_v2_r{depth}vd", input=640, licence="Apache-2.0", role="detector"
+        )
+    words = "finds what --text or --classes names"
+    for name, hub, note in (
+        ("groundingdino-tiny", "IDEA-Research/grounding-dino-tiny", words),
+        ("groundingdino-base", "IDEA-Research/grounding-dino-base", f"{words}; trained on COCO too, so its COCO numbers are not zero-shot"),
+        ("mm-groundingdino-tiny", "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det", words),
+        ("mm-groundingdino-base", "openmmlab-community/mm_grounding_dino_base_o365v1_goldg_v3det", words),
+    ):
+        rows[name] = Row(f"{detect}.grounding:GroundingDino", hub=hub, input=800, licence="Apache-2.0", note=note, role="detector")
+    for (size, data, cascade), path in _VITDET.items():
+        stem = "vitdet" if cascade else "vitdet-single"
+        kind = "cascade_mask_rcnn" if cascade else "mask_rcnn"
+        rows[f"{stem}-{size}-{data}"] = Row(
+            f"{detect}.vitdet:ViTDet",
+            {"variant": size, "data": data, "cascade": cascade},
+            file=f"{stem}_{size}_{data}.pkl",
+            url=f"https://dl.fbaipublicfiles.com/detectron2/ViTDet/{data.upper()}/{kind}_vitdet_{size}/{path}",
+            input=1024,
+            licence="CC-BY-SA-3.0",  # of detectron2's model zoo, whose page for ViTDet names none of its own
+            role="detector",
+        )
+    for short, name in (("yolov8", "yolov8x"), ("groundingdino", "groundingdino-tiny"), ("vitdet", "vitdet-h-coco")):
+        rows[short] = replace(rows[name], note=f"the same as {name}")
     return rows
 
 
@@ -148,6 +199,13 @@ def require(entry: Row, name: str) -> Path:
 def missing(message: str, role: str) -> DepthsegError:
     """The error for weights that are not here, with the ways out for this role."""
     return DepthsegError(message, f"Ways out: {WAYS[role]}.", MISSING_PIECE)
+
+
+def there(path: str | Path, what: str, role: str) -> Path:
+    """The path, if there is a file; libraries would otherwise try to download what is missing."""
+    if not Path(path).is_file():
+        raise missing(f"the weights of {what} are not at {path}", role)
+    return Path(path)
 
 
 def terms(chosen: dict[str, Row]) -> list[str]:

@@ -66,23 +66,6 @@ def _from_16_bit(stored: Array) -> Array:
 # ---- DepthAnything ----
 
 
-def _cached(hub: str) -> Path | None:
-    """The folder of a Hugging Face repository on this machine, or None. Asks no network."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(hub, name) for name in ("config.json", "model.safetensors")]
-    except HFValidationError:  # a path, or no name at all
-        return None
-    return Path(found[0]).parent if all(isinstance(f, str) and Path(f).is_file() for f in found) else None
-
-
-def present(hub: str | None) -> bool:
-    """Whether the DepthAnything of this Hugging Face repository is on this machine. Asks no network, loads no torch."""
-    return hub is not None and _cached(hub) is not None
-
-
 class DepthAnything:
     """DepthAnything V1 or V2 through transformers, from a folder or from the Hugging Face cache; never from the network.
 
@@ -96,7 +79,7 @@ class DepthAnything:
     STD = np.array([0.229, 0.224, 0.225], np.float32)
 
     def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", batch: int = 4):
-        folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else _cached(str(repo_or_folder))
+        folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else weights.hub_folder(str(repo_or_folder))
         if folder is None or not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
             raise catalog.missing(f"the weights of {repo_or_folder} are not on this machine", "depth")
         try:
@@ -377,15 +360,13 @@ def depth_estimator(choice: str, device: Any, precision: str, pull: bool) -> Cho
 
     Slow ones keep their answers below the user's cache.
     """
-    name = choice if choice != "auto" else BETTER_DEPTH if pull or present(catalog.DEPTHS[BETTER_DEPTH].hub) else "nano"
+    name = choice if choice != "auto" else BETTER_DEPTH if pull or weights.find(catalog.DEPTHS[BETTER_DEPTH]) else "nano"
     entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
     better = "" if choice != "auto" or name == BETTER_DEPTH else f" (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
-    path = weights.locate(entry, name, pull) if entry.file else None
-    if pull and not path and not present(entry.hub):
-        weights.pull(entry, name)
-    built = catalog.resolve(entry)(path or entry.hub, device, precision)
-    estimator = built if path else Cached(built, catalog.cache() / "depth", f"{name} {precision}")
-    return ChosenDepth(name, estimator, path, f"depth: {name}{better}")
+    path = weights.locate(entry, name, pull)
+    built = catalog.resolve(entry)(path, device, precision)
+    estimator = built if path.is_file() else Cached(built, catalog.cache() / "depth", f"{name} {precision}")
+    return ChosenDepth(name, estimator, path if path.is_file() else None, f"depth: {name}{better}")
 
 
 # ---- making a folder of maps ----

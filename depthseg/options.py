@@ -10,7 +10,7 @@ import typer
 
 from depthseg import catalog
 from depthseg.errors import DepthsegError
-from depthseg.plan import CONFIDENCE, MAX_BOXES, Plan
+from depthseg.plan import CONFIDENCE, MAX_BOXES, READER, Plan
 
 # help panels
 INPUT, PROMPTS, DEPTH, MODEL, OUTPUT, RUN = (
@@ -45,7 +45,8 @@ DepthName = Annotated[
 DetectorName = Annotated[
     str,
     typer.Option(
-        help=f"Where boxes come from: auto (YOLOv8 when its weights are here, else nano), {', '.join(catalog.DETECTORS)}.",
+        help="Where boxes come from: auto (Grounding DINO for --text, else YOLOv8 when its weights are here, else nano), "
+        f"{', '.join(catalog.DETECTORS)}.",
         rich_help_panel=PROMPTS,
         autocompletion=lambda: ["auto", *catalog.DETECTORS],
         metavar="NAME",
@@ -84,6 +85,22 @@ ImagesJson = Annotated[
     typer.Option(help="COCO images file that gives the names to --boxes' image_id.", rich_help_panel=PROMPTS, metavar="FILE"),
 ]
 Points = Annotated[str | None, typer.Option(help="Clicks from a file instead of a detector.", rich_help_panel=PROMPTS, metavar="FILE")]
+DetectorWeights = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint, or a folder, instead of the detector's own.", rich_help_panel=PROMPTS, metavar="PATH"),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(help='What to look for, for a detector that reads: "a cat . a dog ."', rich_help_panel=PROMPTS, metavar="PHRASES"),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        help="Only these classes of the detector, by name or id, separated by commas; coco or lvis for one that reads.",
+        rich_help_panel=PROMPTS,
+        metavar="NAMES",
+    ),
+]
 PointsPerSide = Annotated[int, typer.Option(min=1, help="grid: points along each side.", rich_help_panel=PROMPTS)]
 MinPredictedIou = Annotated[float, typer.Option(min=0, max=1, help="grid: drop masks under this predicted IoU.", rich_help_panel=PROMPTS)]
 MinStability = Annotated[float, typer.Option(min=0, max=1, help="grid: drop masks under this stability.", rich_help_panel=PROMPTS)]
@@ -116,15 +133,21 @@ def check_names(plan: Plan) -> None:
 
 
 def check_files(plan: Plan, images_json: Path | None, pull: bool) -> None:
-    """Refuse files that are not there, and, without `pull`, names whose weight files are not."""
+    """Refuse files that are not there, and, without `pull`, names whose weights are not."""
     for option, path in (("weights", plan.weights), ("boxes", plan.boxes), ("points", plan.points), ("images-json", images_json)):
         if path and not Path(path).is_file():
             raise DepthsegError(f"no such file: {path}", f"Check --{option}.")
+    if plan.detector_weights and not Path(plan.detector_weights).exists():
+        raise DepthsegError(f"no such file: {plan.detector_weights}", "Check --detector-weights.")
+    detector = READER if plan.text and plan.detector == "auto" else plan.detector
     wanted = {} if plan.weights else {plan.model: catalog.MODELS[plan.model]}
-    if not (plan.boxes or plan.points) and plan.detector in catalog.DETECTORS:
-        wanted[plan.detector] = catalog.DETECTORS[plan.detector]
+    if not (plan.boxes or plan.points or plan.detector_weights) and detector in catalog.DETECTORS:
+        wanted[detector] = catalog.DETECTORS[detector]
     if plan.depth in catalog.DEPTHS:
         wanted[plan.depth] = catalog.DEPTHS[plan.depth]
-    for name, entry in wanted.items():
-        if entry.file and not pull:
-            catalog.require(entry, name)
+    if not pull:
+        from depthseg import weights
+
+        for name, entry in wanted.items():
+            if entry.file or entry.hub:
+                weights.locate(entry, name, fetch=False)

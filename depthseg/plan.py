@@ -15,6 +15,7 @@ _SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "in
 
 CONFIDENCE = 0.25  # of a detector, where the plan says nothing
 MAX_BOXES = 100  # likewise
+READER = "groundingdino-tiny"  # the detector that auto takes for text
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,12 @@ class Plan:
 
     model: str = "nano-depth"  # a row of catalog.MODELS
     weights: str | None = None  # a checkpoint instead of the row's own
-    detector: str = "auto"  # a row of catalog.DETECTORS; auto = YOLOv8 when its weights are here, else nano
+    detector: str = "auto"  # a row of catalog.DETECTORS; auto = Grounding DINO for text, else YOLOv8 when its weights are here, else nano
     boxes: str | None = None  # COCO detection results: takes the place of the detector
     points: str | None = None  # clicks from a file: likewise
+    detector_weights: str | None = None  # a checkpoint, or a folder, instead of the detector's own
+    text: str | None = None  # phrases to look for, each ended by a period
+    classes: str | None = None  # names, or ids, of the classes to look for, separated by commas; coco and lvis for a detector that reads
     depth: str = "auto"  # a row of catalog.DEPTHS, a folder of depth maps, or none
     device: str = "auto"  # auto = cuda when there is one, else cpu
     precision: str = "auto"  # fp32, bf16, fp16; auto = fp32 on the CPU, bf16 or fp16 on CUDA
@@ -43,6 +47,19 @@ class Plan:
     labelmaps: bool = True
     depth_panel: bool = False  # the depth map beside the overlay
     instances: bool = False  # one PNG for each mask
+
+    def __post_init__(self) -> None:
+        if self.boxes and self.points:
+            raise DepthsegError("boxes and points are both given", "Give one of them.")
+        if self.text and self.classes:
+            raise DepthsegError("text and classes are both given", "Give one of them.")
+        if (self.boxes or self.points) and (self.text or self.classes or self.detector_weights):
+            raise DepthsegError("boxes or points leave the detector nothing to do", "Leave text, classes and detector weights out.")
+
+    def wanted(self) -> list[str]:
+        """The phrases of `text`, or the names of `classes`."""
+        mark, given = (".", self.text) if self.text else (",", self.classes or "")
+        return [name for part in given.split(mark) if (name := part.strip())]
 
     def to_json(self) -> dict:
         return asdict(self)

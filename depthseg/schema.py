@@ -4,7 +4,7 @@ One coordinate frame at every boundary: pixels of the original image (after EXIF
 other frames: the encoder's square input and SAM's 1024-pixel prompt frame. Knows no files and no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +55,26 @@ class Boxes:
 
     def keep(self, index: Array) -> "Boxes":
         return replace(self, xyxy=self.xyxy[index], score=self.score[index], label=self.label[index])
+
+    @classmethod
+    def best(
+        cls,
+        xyxy: Array,
+        score: Array,
+        label: Array,
+        names: Mapping[int, str],
+        size: tuple[int, int],
+        least: float,
+        most: int | None,
+    ) -> "Boxes":
+        """Boxes clipped to an image of `size` (h, w), without empty ones and scores under `least` or NaN, best first, at most `most`."""
+        h, w = size
+        xyxy = np.clip(np.asarray(xyxy, np.float64).reshape(-1, 4), 0, (w, h, w, h)).astype(np.float32)
+        score = np.asarray(score, np.float32)
+        (keep,) = np.nonzero((score >= np.float32(least)) & (xyxy[:, 2:] > xyxy[:, :2]).all(1))
+        keep = keep[np.argsort(-score[keep], kind="stable")][:most]
+        label = np.asarray(label, np.int64)[keep]
+        return cls(xyxy[keep], score[keep], label, {i: names[i] for i in sorted(set(label.tolist())) if i in names})
 
     @classmethod
     def empty(cls) -> "Boxes":

@@ -24,7 +24,7 @@ from depthseg.data import Failure, Unreadable, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.errors import MISSING_PIECE, DepthsegError
-from depthseg.plan import CONFIDENCE, MAX_BOXES, Plan
+from depthseg.plan import CONFIDENCE, MAX_BOXES, READER, Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Boxes, Depth, Frame, Image, Masks, Prompts, Record
 
 T = TypeVar("T")
@@ -144,8 +144,6 @@ class Segmenter:
 
     def _build_source(self, images_json: str | Path | None) -> Source:
         plan = self.plan
-        if plan.boxes and plan.points:
-            raise DepthsegError("--boxes and --points are both given", "Give one of them.")
         if given := plan.boxes or plan.points:
             self.detector = "file"
             self.notes.append(f"prompts: {'boxes' if plan.boxes else 'points'} from {Path(given).name}")
@@ -160,13 +158,17 @@ class Segmenter:
             self._chosen("detector", name)
             self.notes.append(f"prompts: a grid of {plan.points_per_side} x {plan.points_per_side} points")
             return lambda images: [prompts.grid(image.size, plan.points_per_side) for image in images]
-        path = weights.locate(entry, name, self._pull, self._progress)
-        self._chosen("detector", name, entry, path)
+        own = plan.detector_weights
+        path = Path(own) if own else weights.locate(entry, name, self._pull, self._progress)
+        self._chosen("detector", name, None if own else entry, path)
         confidence = CONFIDENCE if plan.confidence is None else plan.confidence
-        return catalog.resolve(entry)(path, self.device, self.precision, confidence, plan.max_boxes or MAX_BOXES)
+        build = catalog.resolve(entry)
+        return build(path, self.device, self.precision, confidence, plan.max_boxes or MAX_BOXES, plan.wanted(), **entry.args)
 
     def _auto_detector(self) -> str:
-        """YOLOv8 if it can run here (after fetching it, with pull), else the embedded way."""
+        """Grounding DINO for text; YOLOv8 if it can run here (after fetching it, with pull), else the embedded way."""
+        if self.plan.text:
+            return READER
         installed = importlib.util.find_spec("ultralytics") is not None
         here = [name for name in YOLO_BY_PREFERENCE if catalog.find(catalog.DETECTORS[name])]
         if installed and (here or self._pull):

@@ -20,7 +20,8 @@ from depthseg.errors import DepthsegError
 
 PROBE_SECONDS = 2.0  # without a network the hub's own retries take from 23 s to six minutes
 READ_SECONDS = 60.0  # silence after which a download is given up
-HUB_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]  # what transformers needs of a model's repository
+HUB_NEEDED = ["config.json", "model.safetensors"]  # without these a repository's folder is no model
+HUB_FILES = [*HUB_NEEDED, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
 CHUNK = 1 << 20
 
 
@@ -36,17 +37,37 @@ def state(entry: catalog.Row) -> str:
         return "-"
     if path := catalog.find(entry):
         return "embedded" if path.is_relative_to(catalog.embedded()) else "here"
-    if entry.file is None:
-        from depthseg.depth import present
-
-        if present(entry.hub):
-            return "here"
+    if find(entry):
+        return "here"
     return "--pull" if entry.hub or entry.url else "missing"
+
+
+def hub_folder(hub: str | None) -> Path | None:
+    """The folder of a Hugging Face repository on this machine, if it holds a whole model. Asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if hub is None:
+        return None
+    try:
+        found = [try_to_load_from_cache(hub, name) for name in HUB_NEEDED]
+    except HFValidationError:  # a path, or no name at all
+        return None
+    return Path(found[0]).parent if all(isinstance(f, str) and Path(f).is_file() for f in found) else None
+
+
+def find(entry: catalog.Row) -> Path | None:
+    """Where this row's file lies, or the folder of its Hugging Face repository; None if it is not here. Asks no network."""
+    return catalog.find(entry) if entry.file else hub_folder(entry.hub)
 
 
 def locate(entry: catalog.Row, name: str, fetch: bool, progress: Callable[[int, int], None] | None = None) -> Path:
     """Where the weights of this row are, fetched first if they are not here and that is allowed; else an error."""
-    return pull(entry, name, progress) if fetch else catalog.require(entry, name)
+    if path := find(entry):
+        return path
+    if fetch:
+        return pull(entry, name, progress)
+    raise catalog.missing(f"the weights of {name} ({entry.file or entry.hub}) are not on this machine", entry.role)
 
 
 def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -55,7 +76,7 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
     name: the row's name, for messages. progress: told (bytes done, bytes in all, 0 if unknown) of a file from an address.
     Raises DepthsegError with code MISSING_PIECE; nothing half-written remains.
     """
-    if path := catalog.find(entry):
+    if path := find(entry):
         return path
     if entry.hub:
         return _from_hub(entry, name)

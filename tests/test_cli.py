@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -96,21 +96,37 @@ def test_every_field_of_the_plan_is_an_option_with_the_plans_default():
 
 def test_options_reach_the_plan(run, fake, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("w.pt", "b.json", "p.json", "i.json"):
+    for name in ("w.pt", "d.pt", "b.json", "p.json", "i.json"):
         Path(name).touch()
-    words = """--model efficientvit-sam-l0-depth --weights w.pt --detector grid --boxes b.json --points p.json --depth none
+    words = """--model efficientvit-sam-l0-depth --weights w.pt --detector yolov8s --depth none
         --device cpu --precision bf16 --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --zoom --points-per-side 5
         --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-region 4 --no-overlays --no-labelmaps --depth-panel
         --instances""".split()
-    code, _, err = run("segment", pictures, "-o", tmp_path / "out", "--pull", "--images-json", "i.json", *words)
-    assert code == 0, err
-    (built,) = fake.built
-    assert built.plan == Plan(
-        "efficientvit-sam-l0-depth", "w.pt", "grid", "b.json", "p.json", "none", "cpu", "bf16",
+    expected = Plan(
+        "efficientvit-sam-l0-depth", "w.pt", "yolov8s", None, None, "d.pt", None, None, "none", "cpu", "bf16",
         3, 7, 0.5, 9, True, 5, 0.1, 0.2, 0.3, 4, False, False, True, True,
     )  # fmt: skip
-    assert built.pull and built.images_json == Path("i.json")
-    assert all(getattr(built.plan, f.name) != f.default for f in fields(Plan)), "the test must change every option"
+    alone = {"boxes": "b.json", "points": "p.json", "text": "a cat .", "classes": "cat,dog"}  # these exclude each other
+    for field, value in alone.items():
+        own = field in ("text", "classes")  # a file leaves the detector nothing to do
+        given = [*words, "--detector-weights", "d.pt"] if own else words
+        code, _, err = run("segment", pictures, "-o", tmp_path / field, "--pull", "--images-json", "i.json", *given, f"--{field}", value)
+        assert code == 0, err
+        assert fake.built[-1].plan == replace(expected, **{field: value}, **({} if own else {"detector_weights": None}))
+    assert fake.built[-1].pull and fake.built[-1].images_json == Path("i.json")
+    changed = {f.name for f in fields(Plan) if getattr(expected, f.name) != f.default}
+    assert changed | set(alone) == {f.name for f in fields(Plan)}, "the test must change every option"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--boxes", "b.json", "--points", "b.json"], ["--text", "a", "--classes", "b"], ["--boxes", "b.json", "--classes", "cat"]],
+)
+def test_options_that_exclude_each_other(run, pictures, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    Path("b.json").write_text("[]")
+    code, _, err = run("segment", pictures, "-o", "out", *options)
+    assert code == 2 and "hint" in err and not Path("out").exists()
 
 
 def test_a_run_writes_results_and_prints_only_the_folder(run, pictures, tmp_path):
@@ -173,7 +189,7 @@ def test_demo_needs_no_output(run, fake, tmp_path, monkeypatch):
         ("segment {empty} -o {tmp}/o", 4, "no image"),
         ("segment {pictures} -o {pictures}/o", 2, "inside the input"),
         ("segment {pictures} -o {tmp}/o --model nanno", 2, "Did you mean nano"),
-        ("segment {pictures} -o {tmp}/o --detector yolov8", 2, "Did you mean yolov8"),
+        ("segment {pictures} -o {tmp}/o --detector yolo", 2, "Did you mean yolov8"),
         ("segment {pictures} -o {tmp}/o --depth depth-anything-v2-smal", 2, "Did you mean depth-anything-v2-small"),
         ("segment {pictures} -o {tmp}/o --precision fp8", 2, "fp8"),
         ("segment {pictures} -o {tmp}/o --batch 0", 2, "--batch"),

@@ -11,8 +11,9 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import depth as depth_module
+from depthseg import weights
 from depthseg.data import find, read
-from depthseg.depth import Cached, DepthAnything, DepthFolder, NanoDepth, normalise, present, write_maps
+from depthseg.depth import Cached, DepthAnything, DepthFolder, NanoDepth, normalise, write_maps
 from depthseg.errors import MISSING_PIECE, USAGE, DepthsegError
 from depthseg.schema import Image
 
@@ -173,16 +174,16 @@ def test_hub_name_is_found_in_the_cache(anything, small, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert not present("someone/depth-small-hf") and not present(None) and not present("/no/such/folder") and not present("a--b")
+    assert not any(map(weights.hub_folder, ("someone/depth-small-hf", None, "/no/such/folder", "a--b")))
     repository = tmp_path / "models--someone--depth-small-hf"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123")
     snapshot = repository / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_bytes((anything / "relative" / "config.json").read_bytes())
-    assert not present("someone/depth-small-hf")  # a pull that broke off
+    assert not weights.hub_folder("someone/depth-small-hf")  # a pull that broke off
     (snapshot / "model.safetensors").write_bytes((anything / "relative" / "model.safetensors").read_bytes())
-    assert present("someone/depth-small-hf")
+    assert weights.hub_folder("someone/depth-small-hf")
     one = image()
     assert np.array_equal(DepthAnything("someone/depth-small-hf")([one])[0], DepthAnything(anything / "relative")([one])[0])
 

@@ -12,7 +12,10 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import schema
-from depthseg.detect import COCO_IDS, COCO_NAMES, BoxesFile, NanoBoxes, PointsFile, Yolo
+from depthseg.detect import BoxesFile, PointsFile
+from depthseg.detect.classes import COCO_IDS, COCO_NAMES
+from depthseg.detect.nano import NanoBoxes
+from depthseg.detect.yolo import Yolo
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, USAGE, DepthsegError
 from depthseg.schema import Boxes, Image, Prompts
 
@@ -361,14 +364,15 @@ def test_foreign_files_are_refused(yolo_file, tmp_path):
         assert error.value.code == USAGE and error.value.hint
 
 
-@pytest.mark.parametrize("name", ["Yolo", "NanoBoxes"])
+@pytest.mark.parametrize("name", ["yolo:Yolo", "nano:NanoBoxes", "hub:HubDetector", "grounding:GroundingDino", "vitdet:ViTDet"])
 def test_missing_weights_are_an_error_at_once(tmp_path, name):
+    module, _, name = name.partition(":")
     code = f"""
 import sys
-from depthseg.detect import {name}
+from depthseg.detect.{module} import {name}
 from depthseg.errors import DepthsegError
 try:
-    {name}({str(tmp_path / "yolov8n.pt")!r})
+    {name}({str(tmp_path / "yolov8n.pt")!r}, classes=[] if {name!r} != "GroundingDino" else ["cat"])
 except DepthsegError as e:
     print(e.code, "--pull" in e.hint, "torch" in sys.modules, "ultralytics" in sys.modules)
 """
@@ -402,7 +406,7 @@ def test_a_fresh_process_is_left_alone(yolo_file, tmp_path):
 import PIL.Image, torch
 before = PIL.Image.open, torch.save, torch.get_num_threads()
 import numpy as np
-from depthseg.detect import DepthsegError, Image, Yolo
+from depthseg.detect.yolo import DepthsegError, Image, Yolo
 assert len(Yolo({str(yolo_file)!r})([Image("a", 0, None, (64, 64), np.zeros((64, 64, 3), np.uint8))])) == 1
 assert before == (PIL.Image.open, torch.save, torch.get_num_threads())
 try:

@@ -342,7 +342,7 @@ def test_files_are_compared_with_all_images_before_the_run(pictures, tmp_path):
 
 
 def test_detectors_get_their_defaults(monkeypatch, weights_cache):
-    monkeypatch.setattr(catalog, "resolve", lambda row: lambda *given: given[-2:])
+    monkeypatch.setattr(catalog, "resolve", lambda row: lambda *given: given[-3:-1])
     (weights_cache / "nano").mkdir(parents=True)
     (weights_cache / "nano" / "nano-boxes.safetensors").write_bytes(b"nano")
     given = [Segmenter(Plan(detector="nano", **limits), network=Bright()).source for limits in ({}, {"confidence": 0.0, "max_boxes": 3})]
@@ -359,6 +359,7 @@ def test_only_slow_depth_is_cached_and_by_precision(monkeypatch, weights_cache):
     network.alpha = torch.zeros(())
     nano = Segmenter(Plan(detector="grid"), network=network)
     assert nano.depth == "built" and any("depth: nano (embedded)" in note for note in nano.notes)
+    monkeypatch.setattr("depthseg.weights.hub_folder", lambda hub: weights_cache)
     slow = [
         Segmenter(Plan(detector="grid", precision=p, depth="depth-anything-v2-small"), network=network).depth.name for p in ("fp32", "bf16")
     ]

@@ -41,7 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def row(server: str, name: str) -> Row:
-    return Row("depthseg.detect:Yolo", file=f"sub/{name}", url=f"{server}/{name}", role="detector")
+    return Row("depthseg.detect.yolo:Yolo", file=f"sub/{name}", url=f"{server}/{name}", role="detector")
 
 
 @pytest.mark.parametrize("name", ["whole.pt", "unsized.pt"])

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.formats import atomic
 
-
 _OF_ARRAYS = frozenset(
     [
         ("numpy.core.multiarray", "_reconstruct"),  # before NumPy 2

@@ -1,54 +1,15 @@
-"""Where boxes and clicks come from: a JSON file, YOLOv8, or our own class-agnostic network.
-
-Each class is called with a list of images and answers for each of them, in order. torch and ultralytics are imported in the
-constructor that needs them, after it has looked for the weights. Knows no masks, and reads no files but its own.
-"""
+"""Boxes from COCO detection results and clicks from a JSON list; both find their images by name or number."""
 
 import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
-from depthseg import catalog
-from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
-from depthseg.plan import CONFIDENCE, MAX_BOXES
-from depthseg.schema import ABSENT, Array, Boxes, Frame, Image, Prompts
-
-# COCO's 80 classes in the order of their category ids, which run from 1 to 90 with ten holes (instances_val2017.json).
-COCO_NAMES = [
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
-    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra",
-    "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut",
-    "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard",
-    "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
-    "hair drier", "toothbrush",
-]  # fmt: skip
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
-
-YOLO_SIDE = 640  # pixels, as trained
-YOLO_IOU = 0.7  # of its own suppression: ultralytics' default
-NANO_SHARED = 0.5  # of the smaller box
-
-
-def _best(xyxy: Array, score: Array, label: Array, names: dict[int, str], size: tuple[int, int], least: float, most: int | None) -> Boxes:
-    """Boxes clipped to an image of `size`, without empty ones and scores under `least` or NaN, best first, at most `most`."""
-    h, w = size
-    xyxy = np.clip(np.asarray(xyxy, np.float64).reshape(-1, 4), 0, (w, h, w, h)).astype(np.float32)
-    score = np.asarray(score, np.float32)
-    (keep,) = np.nonzero((score >= np.float32(least)) & (xyxy[:, 2:] > xyxy[:, :2]).all(1))
-    keep = keep[np.argsort(-score[keep], kind="stable")][:most]
-    label = np.asarray(label, np.int64)[keep]
-    return Boxes(xyxy[keep], score[keep], label, {i: names[i] for i in sorted(set(label.tolist())) if i in names})
-
-
-# ---- files ----
+from depthseg.errors import NOTHING_TO_DO, DepthsegError
+from depthseg.schema import ABSENT, Array, Boxes, Image, Prompts
 
 
 def _read_json(path: Path) -> Any:
@@ -213,10 +174,10 @@ class BoxesFile:
             if entry.get("iscrowd"):
                 self._score[at] = np.nan  # under every threshold
 
-    def __call__(self, images: list[Image], text: Sequence[str] = ()) -> list[Boxes]:
+    def __call__(self, images: list[Image]) -> list[Boxes]:
         rows = [np.array(self._entries.of(image.key), int) for image in images]
         return [
-            _best(self._xyxy[r], self._score[r], self._label[r], self._names, image.size, self.confidence, self.max_boxes)
+            Boxes.best(self._xyxy[r], self._score[r], self._label[r], self._names, image.size, self.confidence, self.max_boxes)
             for image, r in zip(images, rows)
         ]
 
@@ -262,7 +223,7 @@ class PointsFile:
             self._prompts.append(Prompts.of(xyxy, xy if points else None, np.array([signs])))
             self._label.append(_whole(entries, at, "category_id", entry.get("category_id", 1)))
 
-    def __call__(self, images: list[Image], text: Sequence[str] = ()) -> list[Prompts]:
+    def __call__(self, images: list[Image]) -> list[Prompts]:
         return [self._stack([self._prompts[at] for at in self._entries.of(image.key)]) for image in images]
 
     @staticmethod
@@ -288,153 +249,3 @@ class PointsFile:
         Raises DepthsegError for entries that fit two images, and with code NOTHING_TO_DO if no entry fits any.
         """
         return self._entries.expect(keys)
-
-
-# ---- networks ----
-
-
-def _weights(path: str | Path, what: str) -> Path:
-    """The path, if there is a file; ultralytics would otherwise try to download what is missing."""
-    if not Path(path).is_file():
-        raise catalog.missing(f"the weights of {what} are not at {path}", "detector")
-    return Path(path)
-
-
-class Yolo:
-    """YOLOv8 by ultralytics (AGPL-3.0, an optional extra), offline and silent.
-
-    Labels are COCO's category ids if the model has exactly COCO's classes, else the model's own class index.
-    fp16 works on CUDA only; bf16 means fp32 here, because ultralytics has none.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        device: Any = "cpu",
-        precision: str = "fp32",
-        confidence: float = CONFIDENCE,
-        max_boxes: int = MAX_BOXES,
-    ):
-        path = _weights(path, "YOLO")
-        if path.suffix != ".pt":  # a .yaml would become a random model, an .onnx would look for another runtime
-            raise DepthsegError(f"{path} is not an ultralytics checkpoint: its name does not end in .pt", "Give a .pt file.")
-        os.environ.update(  # read once, when ultralytics is imported
-            YOLO_OFFLINE="true",  # no probe, no analytics, no download
-            YOLO_AUTOINSTALL="false",  # it would run pip by itself
-            YOLO_VERBOSE="false",
-            YOLO_CONFIG_DIR=str(catalog.cache() / "ultralytics"),  # it writes a settings file
-            ULTRALYTICS_SAFE_LOAD="1",  # its checkpoints are pickles: admit only its own classes
-        )
-        import torch
-
-        theirs = PILImage.open, torch.save
-        try:
-            import ultralytics
-
-            network = ultralytics.YOLO  # here the real import happens
-        except ImportError as e:
-            install = "Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or use --detector nano."
-            raise DepthsegError(f"YOLO needs the package ultralytics ({e})", install, MISSING_PIECE) from e
-        finally:  # ultralytics replaces both in the whole process; its Image.open raises ModuleNotFoundError for a broken picture
-            PILImage.open, torch.save = theirs  # type: ignore[assignment]
-        if ultralytics.settings["sync"]:
-            ultralytics.settings.update({"sync": False})  # analytics
-        self.device = torch.device(device)
-        self.confidence, self.max_boxes = confidence, max_boxes
-        self._half = precision == "fp16" and self.device.type == "cuda"
-        try:
-            self._model = network(str(path), verbose=False)
-            self._names = {int(i): str(name) for i, name in self._model.names.items()}
-        except Exception as e:  # whatever unpickling a foreign file may raise
-            reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise DepthsegError(f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})", "Fetch it again with --pull.") from e
-        if self._model.task not in ("detect", "segment"):
-            raise DepthsegError(f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model.")
-        coco = [self._names.get(i) for i in range(len(self._names))] == COCO_NAMES
-        self._ids = COCO_IDS if coco else list(range(max(self._names, default=-1) + 1))
-        self._names = {self._ids[i]: name for i, name in self._names.items()}
-
-    def __call__(self, images: list[Image], text: Sequence[str] = ()) -> list[Boxes]:
-        by_size: dict[tuple[int, int], list[int]] = {}  # mixed sizes would be padded otherwise than each alone
-        for at, image in enumerate(images):
-            by_size.setdefault(image.size, []).append(at)
-        out: list[Boxes] = [Boxes.empty()] * len(images)
-        for same in by_size.values():
-            for at, found in zip(same, self._predict([images[at] for at in same])):
-                out[at] = found
-        return out
-
-    def _predict(self, images: list[Image]) -> list[Boxes]:
-        """Boxes of images of one size, in one call of the network."""
-        import torch
-
-        threads = torch.get_num_threads()
-        pictures = [PILImage.fromarray(np.asarray(image.pixels)) for image in images]  # PIL images are taken as RGB, arrays as BGR
-        results = self._model.predict(
-            pictures, imgsz=YOLO_SIDE, conf=self.confidence, iou=YOLO_IOU, max_det=self.max_boxes, device=str(self.device),
-            verbose=False, save=False, **({"quantize": 16} if self._half else {}),
-        )  # fmt: skip
-        torch.set_num_threads(threads)  # on the CPU, ultralytics sets its own number for the whole process
-        out = []
-        for image, result in zip(images, results):
-            b = result.boxes.cpu().numpy()
-            label = np.array([self._ids[int(c)] for c in b.cls], np.int64)
-            out.append(_best(b.xyxy, b.conf, label, self._names, image.size, self.confidence, self.max_boxes))
-        return out
-
-
-class NanoBoxes:
-    """Our own network of models/boxes.py: boxes around whatever looks like an object. One label, 1.
-
-    The network is unsure and likes parts. So a box's score is the geometric mean of what the network says and of the box's size (the
-    root of its share of the picture), and a box is dropped when half of it, or of a better box, lies in the other: wholes win.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        device: Any = "cpu",
-        precision: str = "fp32",
-        confidence: float = CONFIDENCE,
-        max_boxes: int = MAX_BOXES,
-    ):
-        path = _weights(path, "the nano box proposer")
-        import torch
-
-        from depthseg.models.boxes import BoxNet
-
-        self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.confidence, self.max_boxes = confidence, max_boxes
-        self._network = BoxNet.load(path).to(self.device)
-
-    def __call__(self, images: list[Image], text: Sequence[str] = ()) -> list[Boxes]:
-        import torch
-
-        if not images:
-            return []
-        side = self._network.side
-        frames = [Frame(image.size, side) for image in images]
-        x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
-        half = self.precision != torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
-            scores, boxes = self._network(x)  # (B, N), (B, N, 4)
-        return [self._kept(s.float(), b.float(), frame) for s, b, frame in zip(scores, boxes, frames)]
-
-    def _kept(self, score: Any, xyxy: Any, frame: Frame) -> Boxes:
-        """Scores (N,) and boxes (N, 4) of the network's square -> the best boxes in original pixels, without their parts."""
-        (h, w), (ih, iw) = frame.size, frame.inner
-        xyxy = np.clip(xyxy.cpu().numpy() * np.array([w / iw, h / ih] * 2), 0, (w, h, w, h))
-        area = (xyxy[:, 2:] - xyxy[:, :2]).clip(0).prod(1)
-        score = np.sqrt(score.cpu().numpy() * np.sqrt(area / (h * w)))
-        order = np.argsort(-score, kind="stable")
-        keep: list[int] = []
-        for at in order[score[order] >= self.confidence]:
-            low, high = np.maximum(xyxy[at, :2], xyxy[keep, :2]), np.minimum(xyxy[at, 2:], xyxy[keep, 2:])
-            shared = (high - low).clip(0).prod(1) / np.minimum(area[at], area[keep]).clip(1e-6)
-            if not (shared > NANO_SHARED).any():
-                keep.append(int(at))
-            if len(keep) == self.max_boxes:
-                break
-        names = {1: "object"}
-        return _best(xyxy[keep], score[keep], np.ones(len(keep)), names, frame.size, self.confidence, self.max_boxes)

@@ -1,0 +1,105 @@
+"""YOLOv8, or any detection model of ultralytics, through that package (AGPL-3.0, an optional extra)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from depthseg import catalog
+from depthseg.detect import classes as tables
+from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.plan import CONFIDENCE, MAX_BOXES
+from depthseg.schema import Boxes, Image
+
+SIDE = 640  # pixels, as trained
+NMS = 0.7  # of its own suppression: ultralytics' default
+
+
+class Yolo:
+    """YOLOv8 by ultralytics (AGPL-3.0, an optional extra), offline and silent.
+
+    Labels are COCO's category ids if the model has exactly COCO's classes, else the model's own class index (detect/classes.py).
+    fp16 works on CUDA only; bf16 means fp32 here, because ultralytics has none.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: Any = "cpu",
+        precision: str = "fp32",
+        confidence: float = CONFIDENCE,
+        max_boxes: int = MAX_BOXES,
+        classes: Sequence[str] = (),
+    ):
+        path = catalog.there(path, "YOLO", "detector")
+        if path.suffix != ".pt":  # a .yaml would become a random model, an .onnx would look for another runtime
+            raise DepthsegError(f"{path} is not an ultralytics checkpoint: its name does not end in .pt", "Give a .pt file.")
+        os.environ.update(  # read once, when ultralytics is imported
+            YOLO_OFFLINE="true",  # no probe, no analytics, no download
+            YOLO_AUTOINSTALL="false",  # it would run pip by itself
+            YOLO_VERBOSE="false",
+            YOLO_CONFIG_DIR=str(catalog.cache() / "ultralytics"),  # it writes a settings file
+            ULTRALYTICS_SAFE_LOAD="1",  # its checkpoints are pickles: admit only its own classes
+        )
+        import torch
+
+        theirs = PILImage.open, torch.save
+        try:
+            import ultralytics
+
+            network = ultralytics.YOLO  # here the real import happens
+        except ImportError as e:
+            install = "Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or use --detector nano."
+            raise DepthsegError(f"YOLO needs the package ultralytics ({e})", install, MISSING_PIECE) from e
+        finally:  # ultralytics replaces both in the whole process; its Image.open raises ModuleNotFoundError for a broken picture
+            PILImage.open, torch.save = theirs  # type: ignore[assignment]
+        if ultralytics.settings["sync"]:
+            ultralytics.settings.update({"sync": False})  # analytics
+        self.device = torch.device(device)
+        self.confidence, self.max_boxes = confidence, max_boxes
+        self._half = precision == "fp16" and self.device.type == "cuda"
+        try:
+            self._model = network(str(path), verbose=False)
+            self._names = {int(i): str(name) for i, name in self._model.names.items()}
+        except Exception as e:  # whatever unpickling a foreign file may raise
+            reason = str(e).strip().splitlines() or [type(e).__name__]
+            raise DepthsegError(f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})", "Fetch it again with --pull.") from e
+        if self._model.task not in ("detect", "segment"):
+            raise DepthsegError(f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model.")
+        count = max(self._names, default=-1) + 1
+        known = tables.table([self._names.get(i, "") for i in range(count)])
+        self._ids = list(known)
+        self._names = {self._ids[i]: known[self._ids[i]] for i in self._names}
+        chosen = tables.choose(classes, self._names, "this YOLO model")
+        self._only = None if chosen is None else [self._ids.index(i) for i in chosen]
+
+    def __call__(self, images: list[Image]) -> list[Boxes]:
+        by_size: dict[tuple[int, int], list[int]] = {}  # mixed sizes would be padded otherwise than each alone
+        for at, image in enumerate(images):
+            by_size.setdefault(image.size, []).append(at)
+        out: list[Boxes] = [Boxes.empty()] * len(images)
+        for same in by_size.values():
+            for at, found in zip(same, self._predict([images[at] for at in same])):
+                out[at] = found
+        return out
+
+    def _predict(self, images: list[Image]) -> list[Boxes]:
+        """Boxes of images of one size, in one call of the network."""
+        import torch
+
+        threads = torch.get_num_threads()
+        pictures = [PILImage.fromarray(np.asarray(image.pixels)) for image in images]  # PIL images are taken as RGB, arrays as BGR
+        results = self._model.predict(
+            pictures, imgsz=SIDE, conf=self.confidence, iou=NMS, max_det=self.max_boxes, device=str(self.device),
+            verbose=False, save=False, classes=self._only, **({"quantize": 16} if self._half else {}),
+        )  # fmt: skip
+        torch.set_num_threads(threads)  # on the CPU, ultralytics sets its own number for the whole process
+        out = []
+        for image, result in zip(images, results):
+            b = result.boxes.cpu().numpy()
+            label = np.array([self._ids[int(c)] for c in b.cls], np.int64)
+            out.append(Boxes.best(b.xyxy, b.conf, label, self._names, image.size, self.confidence, self.max_boxes))
+        return out

@@ -1,0 +1,247 @@
+"""The networks of others behind our contract: D-FINE, RT-DETRv2, Grounding DINO and ViTDet, tiny and random, and class names."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from depthseg.detect import classes
+from depthseg.detect.classes import COCO, COCO_NAMES, choose, lvis, table, vocabulary, words
+from depthseg.detect.grounding import GroundingDino, _input, _size
+from depthseg.detect.hub import HubDetector
+from depthseg.detect.vitdet import ViTDet
+from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.models.vitdet import Variant
+from depthseg.models.vitdet import ViTDet as Network
+from depthseg.schema import Image
+
+
+def image(h=40, w=60, seed=0) -> Image:
+    return Image(f"{seed}.jpg", seed, None, (h, w), np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+
+IMAGES = [image(), image(60, 40, 1), image(40, 60, 2), image(1, 1, 3), image(3, 200, 4)]
+
+
+def agree(detector, images=IMAGES) -> None:
+    """A batch answers as each image alone, inside the image, best first; no images give no answers."""
+    together = detector(images)
+    assert len(together) == len(images) and detector([]) == []
+    for item, a in zip(images, together, strict=True):
+        (b,) = detector([item])
+        assert len(a) == len(b) and len(a) <= detector.max_boxes
+        if not len(a):
+            continue
+        assert np.abs(a.xyxy - b.xyxy).max() < 1e-3 and np.abs(a.score - b.score).max() < 1e-5 and np.array_equal(a.label, b.label)
+        h, w = item.size
+        assert (a.xyxy >= 0).all() and (a.xyxy[:, 2] <= w).all() and (a.xyxy[:, 3] <= h).all() and (np.diff(a.score) <= 0).all()
+        assert set(a.names) == set(a.label.tolist())
+    assert any(len(found) for found in together)
+
+
+# ---- class names ----
+
+
+def test_class_tables():
+    assert len(lvis()) == 1203 and lvis()[1] == "aerosol_can" and lvis()[1203] == "zucchini"
+    assert len(COCO) == 80 and COCO[90] == "toothbrush"
+    voc = {v: k for k, v in classes._OTHERS.items()}
+    assert table([voc.get(n, n) for n in COCO_NAMES]) == COCO == table(COCO_NAMES)  # as RT-DETR's config spells them
+    assert table(["a", "b"]) == {0: "a", 1: "b"} and table(list(lvis().values())) == lvis()
+    assert vocabulary(["coco"]) == COCO and vocabulary(["LVIS"]) == lvis() and vocabulary(["cat", "a dog", "cat"]) == {1: "cat", 2: "a dog"}
+    assert words("bow_(decorative_ribbons)") == "bow" and words("A/C  unit?") == "a c unit"
+
+
+def test_classes_are_chosen_by_name_or_id():
+    assert choose([], COCO, "it") is None
+    assert choose(["Cat", "hot dog", "90"], COCO, "it") == [17, 58, 90]
+    assert choose(["aerosol can"], lvis(), "it") == [1]
+    with pytest.raises(DepthsegError, match="it knows no class 'catt'") as error:
+        choose(["catt"], COCO, "it")
+    assert "cat" in error.value.hint
+    with pytest.raises(DepthsegError, match="'qqqq'") as error:
+        choose(["qqqq"], COCO, "it")
+    assert "person" in error.value.hint
+
+
+# ---- D-FINE and RT-DETRv2 ----
+
+
+@pytest.fixture(scope="module", params=["DFine", "RTDetrV2"])
+def detr(request, tmp_path_factory):
+    import transformers
+
+    torch.manual_seed(0)
+    stages = {"depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3", "stage4"]}
+    if request.param == "RTDetrV2":
+        backbone = transformers.RTDetrResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], **stages)
+    else:
+        of_stages = {"in_channels": [8, 8, 8, 16], "mid_channels": [8] * 4, "out_channels": [8, 8, 16, 16], "num_blocks": [1] * 4}
+        backbone = transformers.HGNetV2Config(
+            stem_channels=[3, 8, 8], hidden_sizes=[8, 8, 16, 16], **{f"stage_{k}": v for k, v in of_stages.items()}, **stages
+        )
+    names = dict(enumerate(COCO_NAMES))
+    config = getattr(transformers, f"{request.param}Config")(
+        backbone_config=backbone, encoder_in_channels=[8, 16, 16], encoder_hidden_dim=16, encoder_ffn_dim=16, encoder_attention_heads=2,
+        d_model=16, num_queries=20, decoder_in_channels=[16] * 3, decoder_ffn_dim=16, decoder_layers=2, decoder_attention_heads=2,
+        feat_strides=[8, 16, 32], id2label=names, label2id={v: k for k, v in names.items()},
+    )  # fmt: skip
+    network = getattr(transformers, f"{request.param}ForObjectDetection")(config)
+    folder = tmp_path_factory.mktemp(request.param)
+    network.save_pretrained(folder)
+    transformers.RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def test_a_detr_in_a_batch_equals_one_by_one(detr):
+    detector = HubDetector(detr, confidence=0.0, max_boxes=10)
+    agree(detector)
+    assert set(detector([image()])[0].label.tolist()) <= set(COCO)
+
+
+def test_a_detr_limited_to_classes(detr):
+    every = HubDetector(detr, confidence=0.0, max_boxes=1000)([image()])[0]
+    kept = int(every.label[0])
+    (some,) = HubDetector(detr, confidence=0.0, max_boxes=1000, classes=[COCO[kept]])([image()])
+    assert len(some) == (every.label == kept).sum() > 0 and set(some.label.tolist()) == {kept}
+    with pytest.raises(DepthsegError, match="knows no class 'zebr'") as error:
+        HubDetector(detr, classes=["zebr"])
+    assert "zebra" in error.value.hint
+
+
+def test_folders_that_are_no_such_model(detr, tmp_path):
+    with pytest.raises(DepthsegError) as error:
+        HubDetector(tmp_path)
+    assert error.value.code == MISSING_PIECE
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DepthsegError, match="not the config of a model"):
+        HubDetector(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(DepthsegError, match="of type bert"):
+        HubDetector(tmp_path)
+    (tmp_path / "config.json").write_bytes((detr / "config.json").read_bytes())
+    with pytest.raises(DepthsegError, match="cannot be loaded"):
+        HubDetector(tmp_path)
+
+
+# ---- Grounding DINO ----
+
+
+@pytest.fixture(scope="module", params=["GroundingDino", "MMGroundingDino"])
+def reader(request, tmp_path_factory):
+    """A tiny random reader with BERT's tokens for a few words; every other word becomes letters."""
+    import transformers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "cat", "dog", "hot", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    assert len(tokenizer) == len(vocabulary)
+    tokenizer.save_pretrained(folder)
+    config = getattr(transformers, f"{request.param}Config")(
+        backbone_config=transformers.SwinConfig(
+            embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_features=["stage2", "stage3", "stage4"]
+        ),
+        text_config=transformers.BertConfig(
+            vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        ),
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, num_queries=10,
+    )  # fmt: skip
+    network = getattr(transformers, f"{request.param}ForObjectDetection")(config)
+    network.save_pretrained(folder)
+    return folder
+
+
+def small(detector: GroundingDino, monkeypatch) -> GroundingDino:
+    """With pictures an eighth as large as in earnest."""
+    monkeypatch.setattr("depthseg.detect.grounding.SHORT", 96)
+    monkeypatch.setattr("depthseg.detect.grounding.LONG", 160)
+    return detector
+
+
+def test_a_reader_in_a_batch_equals_one_by_one(reader, monkeypatch):
+    detector = small(GroundingDino(reader, confidence=0.0, max_boxes=15, classes=["a cat", "dog"]), monkeypatch)
+    agree(detector)
+    (found,) = detector([image()])
+    assert found.names == {i: {1: "a cat", 2: "dog"}[i] for i in found.names}
+
+
+def test_a_prompt_is_put_together_from_phrases(reader):
+    detector = GroundingDino(reader, classes=["cat", "hot_dog", "Dog (the animal)"])
+    ((ids, spans),) = detector._prompts
+    token = detector._tokenizer.convert_ids_to_tokens
+    assert token(ids) == ["[CLS]", "cat", ".", "hot", "dog", ".", "dog", ".", "[SEP]"]
+    assert [(c, token(ids[where])) for c, where in spans] == [(1, ["cat"]), (2, ["hot", "dog"]), (3, ["dog"])]
+    whole = detector._tokenizer("cat . hot dog . dog .")["input_ids"]
+    assert ids == whole
+
+
+def test_the_score_of_a_class_is_the_mean_over_its_tokens(reader, monkeypatch):
+    """Against the plain way: all scores of all queries, computed from the network's own output."""
+    detector = small(GroundingDino(reader, confidence=0.0, max_boxes=300, classes=["hot dog", "cat"]), monkeypatch)
+    one = image()
+    (found,) = detector([one])
+    ((ids, _),) = detector._prompts
+    x = torch.from_numpy(_input(one, _size(*one.size)))[None]
+    with torch.inference_mode():
+        p = detector._network(pixel_values=x, input_ids=torch.tensor([ids])).logits.sigmoid()[0].numpy()
+    expected = np.sort(np.concatenate([p[:, 1:3].mean(1), p[:, 4]]))[::-1]
+    assert len(found) == 20 and np.abs(found.score - expected).max() < 1e-6
+
+
+def test_more_phrases_than_a_prompt_holds_are_asked_in_several(reader, monkeypatch):
+    many = GroundingDino(reader, confidence=0.0, classes=["coco"])
+    assert len(many._prompts) > 1 and all(len(ids) <= 256 for ids, _ in many._prompts)
+    assert [c for _, spans in many._prompts for c, _ in spans] == list(COCO)
+    (found,) = small(many, monkeypatch)([image()])
+    assert len(found) == 100 and set(found.label.tolist()) <= set(COCO) and (np.diff(found.score) <= 0).all()
+    with pytest.raises(DepthsegError, match="no phrase that fits"):
+        GroundingDino(reader, classes=["cat " * 300])
+    with pytest.raises(DepthsegError, match="no phrase that fits"):
+        GroundingDino(reader, classes=["..."])
+    with pytest.raises(DepthsegError, match="told what to look for") as error:
+        GroundingDino(reader)
+    assert "--text" in error.value.hint
+
+
+def test_the_input_is_that_of_transformers():
+    from transformers import GroundingDinoImageProcessorPil
+
+    theirs = GroundingDinoImageProcessorPil()
+    for item in (image(37, 61), image(300, 40), image(50, 50)):
+        expected = theirs(images=[PILImage.fromarray(item.pixels)], return_tensors="np")["pixel_values"][0]
+        assert np.abs(_input(item, _size(*item.size)) - expected).max() < 1e-5
+    assert _size(1, 1) == (800, 800) and _size(30, 6468) == (6, 1333) and _size(1, 6468) == (1, 1333)
+
+
+# ---- ViTDet ----
+
+
+@pytest.fixture(scope="module")
+def vitdet(tmp_path_factory):
+    from depthseg.models import checkpoint
+
+    torch.manual_seed(0)
+    tiny = Variant(32, 2, 2, (1,))
+    path = tmp_path_factory.mktemp("vitdet") / "tiny.safetensors"
+    network = Network(tiny, 80, side=64, window=3)
+    checkpoint.save(network, path, {})
+    return path, {"variant": tiny, "side": 64, "window": 3}
+
+
+def test_vitdet_in_a_batch_equals_one_by_one(vitdet):
+    path, arguments = vitdet
+    detector = ViTDet(path, confidence=0.0, max_boxes=20, **arguments)
+    agree(detector)
+    every = detector([image()])[0]
+    kept = int(every.label[0])
+    (some,) = ViTDet(path, confidence=0.0, classes=[str(kept)], **arguments)([image()])
+    assert set(some.label.tolist()) == {kept}
+    with pytest.raises(DepthsegError, match="does not fit this ViTDet"):
+        ViTDet(path, data="lvis", **arguments)
