@@ -186,6 +186,59 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
     return failed
 
 
+@app.command()
+def detect(
+    paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON file to write.", rich_help_panel=OUTPUT, metavar="FILE")],
+    detector: opt.DetectorName = Plan.detector,
+    detector_weights: opt.DetectorWeights = Plan.detector_weights,
+    text: opt.Text = Plan.text,
+    classes: opt.Classes = Plan.classes,
+    confidence: opt.Confidence = Plan.confidence,
+    max_boxes: opt.MaxBoxes = Plan.max_boxes,
+    device: opt.Device = Plan.device,
+    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    batch: opt.Batch = Plan.batch,
+    pull: Annotated[bool, typer.Option("--pull", help="Fetch missing weights first.", rich_help_panel=RUN)] = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write the boxes of every image as COCO detection results: detect once, segment many times.
+
+    [bold]depthseg detect photos/ -o boxes.json --detector yolov8x[/bold]\n
+    [bold]depthseg segment photos/ -o out --boxes boxes.json[/bold]
+    """
+    plan = Plan(
+        detector=detector, detector_weights=detector_weights, text=text, classes=classes, confidence=confidence, max_boxes=max_boxes,
+        device=device, precision=precision, batch=batch,
+    )  # fmt: skip
+    opt.check_names(plan)
+    if detector == "grid":
+        raise DepthsegError("the grid is made of points and finds no boxes", "Choose another --detector.")
+    opt.check_detector(plan, pull)
+    with contextlib.redirect_stdout(sys.stderr), _interruptible("stopped; nothing was written"):
+        from depthseg import data
+
+        images = data.find(paths)
+        _take(output.parent)
+        from depthseg.detect.choose import detector as choose
+        from depthseg.detect.files import write_boxes
+        from depthseg.segment import device_of, precision_of
+
+        where = device_of(device)
+        with _downloads() as fetched:
+            chosen = choose(plan, where, precision_of(precision, where), pull, fetched)
+        for note in (*chosen.notes, *catalog.terms({f"detector {chosen.name}": chosen.entry} if chosen.entry else {})):
+            _say(note)
+        with _progress("images") as show:
+            count, failed = write_boxes(images, chosen.source, output, batch, show)  # type: ignore[arg-type]
+        _say(f"{count} boxes in {len(images) - len(failed)} images")
+        for failure in failed[:FAILURES_SHOWN]:
+            _say(f"failed: {failure.image.key}: {failure.reason}")
+    typer.echo(output)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
 @app.command("eval")
 def evaluate(
     images: Annotated[Path, typer.Option(help="Folder of the images.", rich_help_panel=INPUT, metavar="DIR")],

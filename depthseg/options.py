@@ -137,17 +137,28 @@ def check_files(plan: Plan, images_json: Path | None, pull: bool) -> None:
     for option, path in (("weights", plan.weights), ("boxes", plan.boxes), ("points", plan.points), ("images-json", images_json)):
         if path and not Path(path).is_file():
             raise DepthsegError(f"no such file: {path}", f"Check --{option}.")
-    if plan.detector_weights and not Path(plan.detector_weights).exists():
-        raise DepthsegError(f"no such file: {plan.detector_weights}", "Check --detector-weights.")
-    detector = READER if plan.text and plan.detector == "auto" else plan.detector
     wanted = {} if plan.weights else {plan.model: catalog.MODELS[plan.model]}
-    if not (plan.boxes or plan.points or plan.detector_weights) and detector in catalog.DETECTORS:
-        wanted[detector] = catalog.DETECTORS[detector]
     if plan.depth in catalog.DEPTHS:
         wanted[plan.depth] = catalog.DEPTHS[plan.depth]
-    if not pull:
-        from depthseg import weights
+    _check_weights(wanted, pull)
+    if not (plan.boxes or plan.points):
+        check_detector(plan, pull)
 
-        for name, entry in wanted.items():
-            if entry.file or entry.hub:
-                weights.locate(entry, name, fetch=False)
+
+def check_detector(plan: Plan, pull: bool) -> None:
+    """Likewise for the detector alone."""
+    if plan.detector_weights:
+        if not Path(plan.detector_weights).exists():
+            raise DepthsegError(f"no such file or folder: {plan.detector_weights}", "Check --detector-weights.")
+        return
+    name = READER if plan.text and plan.detector == "auto" else plan.detector
+    if name in catalog.DETECTORS:
+        _check_weights({name: catalog.DETECTORS[name]}, pull)
+
+
+def _check_weights(wanted: dict[str, catalog.Row], pull: bool) -> None:
+    from depthseg import weights
+
+    for name, entry in wanted.items():
+        if (entry.file or entry.hub) and not pull:
+            weights.locate(entry, name, fetch=False)

@@ -4,7 +4,6 @@
 the prompt batch is independent of the image batch. Knows no output files, no progress bar and no second process.
 """
 
-import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,20 +18,19 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from depthseg import __version__, catalog, masks, prompts, weights
+from depthseg import __version__, catalog, masks, weights
 from depthseg.data import Failure, Unreadable, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
+from depthseg.detect.choose import Source, detector
 from depthseg.errors import MISSING_PIECE, DepthsegError
-from depthseg.plan import CONFIDENCE, MAX_BOXES, READER, Plan
+from depthseg.plan import Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Boxes, Depth, Frame, Image, Masks, Prompts, Record
 
 T = TypeVar("T")
 Seconds = defaultdict[str, float]  # by stage
-Source = Callable[[list[Image]], Sequence[Boxes | Prompts]]  # what to ask about each image
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-YOLO_BY_PREFERENCE = ("yolov8m", "yolov8n", "yolov8s", "yolov8l", "yolov8x")  # auto takes the first that is here
 NAMES_SHOWN = 3  # of the entries that name no image
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
 ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
@@ -152,32 +150,11 @@ class Segmenter:
             if images_json:
                 self._chosen("images_json", "file", path=Path(images_json))
             return source
-        self.detector = name = self._auto_detector() if plan.detector == "auto" else plan.detector
-        entry = catalog.row(catalog.DETECTORS, name, "detector")
-        if name == "grid":
-            self._chosen("detector", name)
-            self.notes.append(f"prompts: a grid of {plan.points_per_side} x {plan.points_per_side} points")
-            return lambda images: [prompts.grid(image.size, plan.points_per_side) for image in images]
-        own = plan.detector_weights
-        path = Path(own) if own else weights.locate(entry, name, self._pull, self._progress)
-        self._chosen("detector", name, None if own else entry, path)
-        confidence = CONFIDENCE if plan.confidence is None else plan.confidence
-        build = catalog.resolve(entry)
-        return build(path, self.device, self.precision, confidence, plan.max_boxes or MAX_BOXES, plan.wanted(), **entry.args)
-
-    def _auto_detector(self) -> str:
-        """Grounding DINO for text; YOLOv8 if it can run here (after fetching it, with pull), else the embedded way."""
-        if self.plan.text:
-            return READER
-        installed = importlib.util.find_spec("ultralytics") is not None
-        here = [name for name in YOLO_BY_PREFERENCE if catalog.find(catalog.DETECTORS[name])]
-        if installed and (here or self._pull):
-            name = (here or YOLO_BY_PREFERENCE)[0]
-            self.notes.append(f"detector: {name}")
-            return name
-        install = "" if installed else "pip install ultralytics, then "
-        self.notes.append(f"detector: nano (embedded); for better boxes: {install}--detector {YOLO_BY_PREFERENCE[0]} --pull")
-        return "nano"
+        chosen = detector(plan, self.device, self.precision, self._pull, self._progress)
+        self.detector = chosen.name
+        self.notes += chosen.notes
+        self._chosen("detector", chosen.name, chosen.entry, chosen.path)
+        return chosen.source
 
     def _build_depth(self) -> Depth | None:
         choice = self.plan.depth

@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from depthseg.detect import classes
+from depthseg import cli
+from depthseg.data import find, read
+from depthseg.detect import BoxesFile, classes
 from depthseg.detect.classes import COCO, COCO_NAMES, choose, lvis, table, vocabulary, words
 from depthseg.detect.grounding import GroundingDino, _input, _size
 from depthseg.detect.hub import HubDetector
 from depthseg.detect.vitdet import ViTDet
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.errors import MISSING_PIECE, SOME_FAILED, USAGE, DepthsegError
 from depthseg.models.vitdet import Variant
 from depthseg.models.vitdet import ViTDet as Network
 from depthseg.schema import Image
@@ -125,6 +127,30 @@ def test_folders_that_are_no_such_model(detr, tmp_path):
     (tmp_path / "config.json").write_bytes((detr / "config.json").read_bytes())
     with pytest.raises(DepthsegError, match="cannot be loaded"):
         HubDetector(tmp_path)
+
+
+def test_detect_writes_what_boxes_reads(detr, pictures, tmp_path, capsys):
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "new" / "boxes.json"
+    words = ["detect", pictures, "-o", out, "--detector", "dfine-nano", "--detector-weights", detr, "--confidence", "0", "--max-boxes", "7"]
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(list(map(str, words)))
+    told = capsys.readouterr()
+    assert leaving.value.code == SOME_FAILED and told.out.split() == [str(out)] and "broken.jpg" in told.err and "21 boxes" in told.err
+    images = [read(i) for i in find([pictures]) if i.key != "broken.jpg"]
+    expected = HubDetector(detr, confidence=0.0, max_boxes=7)(images)
+    again = BoxesFile(out)(images)
+    for a, b in zip(expected, again, strict=True):
+        assert len(a) == len(b) == 7 and np.abs(a.xyxy - b.xyxy).max() < 2e-3 and np.abs(a.score - b.score).max() < 1e-6
+        assert np.array_equal(a.label, b.label) and set(a.names.items()) <= set(b.names.items())
+    assert [p.name for p in out.parent.iterdir()] == ["boxes.json"]
+
+
+@pytest.mark.parametrize(("option", "code"), [("dfine-small", MISSING_PIECE), ("groundingdino", MISSING_PIECE), ("grid", USAGE)])
+def test_detect_needs_its_weights_and_a_detector_of_boxes(pictures, tmp_path, capsys, option, code):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["detect", str(pictures), "-o", str(tmp_path / "b.json"), "--detector", option])
+    assert leaving.value.code == code and "hint" in capsys.readouterr().err and not (tmp_path / "b.json").exists()
 
 
 # ---- Grounding DINO ----

@@ -2,13 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from depthseg.data import Failure, read_ahead
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
+from depthseg.formats import atomic
 from depthseg.schema import ABSENT, Array, Boxes, Image, Prompts
 
 
@@ -140,6 +143,7 @@ class BoxesFile:
     """Boxes from COCO detection results, or the ground truth of a COCO file (crowd regions left out: they are no object).
 
     An entry has bbox [x, y, w, h] in pixels and file_name or image_id; a missing score is 1, and so is a missing category_id.
+    A category_name is shown where no table of categories says another.
     All boxes are used, unless `confidence` or `max_boxes` says otherwise.
     images_json: a COCO file whose images say which image an image_id is; without it, image_id 139 is 000000000139.jpg.
     The whole file is checked here; DepthsegError names the file, the entry and the field.
@@ -161,7 +165,8 @@ class BoxesFile:
         listed: Any = whole.get("annotations", content)
         self.confidence, self.max_boxes = -math.inf if confidence is None else confidence, max_boxes
         self._entries = entries = _Entries(Path(path), listed, tables.get("images"))
-        self._names = _category_names(Path(path), whole.get("categories") or tables.get("categories"))
+        self._names = {e["category_id"]: str(e["category_name"]) for e in listed if "category_name" in e and "category_id" in e}
+        self._names |= _category_names(Path(path), whole.get("categories") or tables.get("categories"))
         self._xyxy = np.zeros((len(listed), 4))
         self._score = np.ones(len(listed), np.float32)
         self._label = np.ones(len(listed), np.int64)
@@ -249,3 +254,39 @@ class PointsFile:
         Raises DepthsegError for entries that fit two images, and with code NOTHING_TO_DO if no entry fits any.
         """
         return self._entries.expect(keys)
+
+
+def write_boxes(
+    images: Sequence[Image],
+    detector: Callable[[list[Image]], Sequence[Boxes]],
+    path: Path,
+    batch: int,
+    progress: Callable[[int, int], None],
+) -> tuple[int, list[Failure]]:
+    """Write what a detector finds as COCO detection results, which BoxesFile reads; the file appears when all is done.
+
+    Returns the number of boxes, and the images that could not be read. Memory does not grow with the number of images.
+    """
+    stream = read_ahead(images, workers=2, ahead=max(2, batch))
+    failed: list[Failure] = []
+    count = done = 0
+    with atomic(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write("[")
+        while held := list(islice(stream, batch)):
+            failed += [item for item in held if isinstance(item, Failure)]
+            good = [item for item in held if isinstance(item, Image)]
+            for image, boxes in zip(good, detector(good)):
+                for entry in _entries(image, boxes):
+                    file.write(f"{',' if count else ''}\n{json.dumps(entry)}")
+                    count += 1
+            done += len(held)
+            progress(done, len(images))
+        file.write("\n]\n")
+    return count, failed
+
+
+def _entries(image: Image, boxes: Boxes) -> Iterable[dict]:
+    for (x0, y0, x1, y1), score, label in zip(boxes.xyxy.astype(float), boxes.score.astype(float), boxes.label.tolist()):
+        xywh = [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)]
+        name = {"category_name": boxes.names[label]} if label in boxes.names else {}
+        yield {"file_name": image.key, "image_id": image.id, "category_id": label, **name, "bbox": xywh, "score": round(score, 6)}
