@@ -23,10 +23,15 @@ class Row:
     file: str | None = None  # weights: path below weights/ or below the user's cache
     hub: str | None = None  # Hugging Face repository that holds `file`, or the whole model (transformers)
     url: str | None = None  # direct address of `file`
+    inside: str | None = None  # path of the file in the hub's repository, where it is not `file`
+    revision: str | None = None  # commit of the hub's repository
+    sha256: str | None = None  # of `file`, where its publisher names it
+    megabytes: float = 0  # about, as the hub's page says
     input: int = 0  # side of the network's input in pixels
     licence: str = ""
     note: str = ""
     role: str = "model"  # a key of WAYS
+    needs: str = ""  # the extra that brings its package
 
 
 _PULL = "run again with --pull on a machine with a network"
@@ -34,6 +39,7 @@ WAYS = {  # how to go on without the weights of a model, a detector or a depth e
     "model": f"pass --weights PATH, or {_PULL}",
     "detector": f"give --boxes FILE, use --detector nano or grid, or {_PULL}",
     "depth": f"give --depth FOLDER with depth maps, use --depth nano, or {_PULL}",
+    "boxes": "run `depthseg weights pull` on a machine with a network",
 }
 FREE_LICENCES = ("", "Apache-2.0")
 
@@ -115,10 +121,17 @@ def _detectors() -> dict[str, Row]:
             licence="AGPL-3.0",
             role="detector",
         )
-    for size, data in (("nano", "coco"), ("small", "obj2coco"), ("medium", "obj2coco"), ("large", "obj2coco"), ("xlarge", "obj2coco")):
+    for size, data, megabytes in (
+        ("nano", "coco", 15.3),
+        ("small", "obj2coco", 41.5),
+        ("medium", "obj2coco", 78.7),
+        ("large", "obj2coco", 126),
+        ("xlarge", "obj2coco", 252),
+    ):
         rows[f"dfine-{size}"] = Row(
             f"{detect}.hub:HubDetector",
             hub=f"ustc-community/dfine-{size}-{data}",
+            megabytes=megabytes,
             input=640,
             licence="Apache-2.0",
             role="detector",
@@ -155,6 +168,19 @@ def _detectors() -> dict[str, Row]:
 MODELS = _models()
 DEPTHS = _depths()
 DETECTORS = _detectors()
+BOXES = {  # what the published tables of EfficientViT-SAM were made with: detections of COCO val2017 and LVIS val, for --boxes
+    name: Row(
+        "",
+        file=f"{name}.json",
+        hub=_OFFICIAL,
+        inside=f"source_json_file/{name}.json",
+        licence="Apache-2.0",
+        megabytes=megabytes,
+        role="boxes",
+    )
+    for name, megabytes in (("coco_vitdet", 38.1), ("coco_yolov8", 43.9), ("coco_groundingdino", 236), ("lvis_vitdet", 1310))
+}
+TABLES = {"model": MODELS, "depth": DEPTHS, "detector": DETECTORS, "boxes": BOXES}
 
 
 def row(table: dict[str, Row], name: str, what: str) -> Row:
@@ -164,6 +190,14 @@ def row(table: dict[str, Row], name: str, what: str) -> Row:
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Known names: {', '.join(table)}."
     raise DepthsegError(f"no {what} is called '{name}'", hint)
+
+
+def pullable(name: str) -> Row:
+    """The row called `name`, whatever its role; `nano` is the segmenter."""
+    every: dict[str, Row] = {}
+    for table in TABLES.values():
+        every |= {k: v for k, v in table.items() if k not in every}
+    return row(every, name, "set of weights")
 
 
 def embedded() -> Path:

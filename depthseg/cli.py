@@ -6,14 +6,9 @@ several lines: what two commands share is in options.py, and what a command does
 """
 
 import contextlib
-import json
-import os
-import signal
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +20,9 @@ from depthseg import options as opt
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, PROMPTS, RUN
 from depthseg.plan import Plan
+from depthseg.terminal import downloads, duration, interruptible, number, progress, say, table, take, write_json
+from depthseg.weights_cli import app as weights_app
 
-LINE_EVERY = 10.0  # seconds between plain progress lines where stderr is no terminal
 FAILURES_SHOWN = 20  # failures.jsonl has them all
 
 app = typer.Typer(
@@ -37,14 +33,13 @@ app = typer.Typer(
 )
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"depthseg {__version__}")
         raise typer.Exit()
+
+
+app.add_typer(weights_app, name="weights")
 
 
 @app.callback()
@@ -131,7 +126,7 @@ def segment(
     opt.check_files(plan, images_json, pull)
     out = output or Path("depthseg-demo")
     again = f"stopped; run the same command again to go on in {out}"
-    with contextlib.redirect_stdout(sys.stderr), _interruptible(again):  # libraries that print must not spoil stdout
+    with contextlib.redirect_stdout(sys.stderr), interruptible(again):  # libraries that print must not spoil stdout
         failed = _segment(plan, paths or [], demo, out, pull, overwrite, images_json)
     typer.echo(out)
     if failed:
@@ -149,20 +144,20 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
 
     from depthseg.segment import Segmenter  # torch: only once the paths are known to be right
 
-    with _downloads() as fetched:
+    with downloads() as fetched:
         segmenter = Segmenter(plan, pull=pull, images_json=images_json, progress=fetched)
     for note in segmenter.notes:
-        _say(note)
+        say(note)
     for warning in segmenter.expect(images):
-        _say(warning)
+        say(warning)
 
     masks, failed = 0, 0
     with sink.Sink(out, plan, images, segmenter.provenance, overwrite=overwrite) as written:
         todo = [image for image in images if image.key not in written.done]
         if len(todo) < len(images):
-            _say(f"{len(images) - len(todo)} of {len(images)} images are done already")
+            say(f"{len(images) - len(todo)} of {len(images)} images are done already")
         start = time.monotonic()
-        with _progress("images") as show:
+        with progress("images") as show:
             show(0, len(todo))
             for done, answer in enumerate(segmenter.segment(todo), 1):
                 failure = answer if isinstance(answer, data.Failure) else None
@@ -175,14 +170,14 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
                 if failure:
                     failed += 1
                     if failed <= FAILURES_SHOWN:
-                        _say(f"failed: {failure.image.key}: {failure.reason}")
+                        say(f"failed: {failure.image.key}: {failure.reason}")
                     written.failed(failure)
                 show(done, len(todo))
         seconds = time.monotonic() - start
     if todo:
-        _say(f"{len(todo) - failed} images, {masks} masks in {_duration(seconds)}, {len(todo) / seconds:.2f} images/s")
+        say(f"{len(todo) - failed} images, {masks} masks in {duration(seconds)}, {len(todo) / seconds:.2f} images/s")
     if failed:
-        _say(f"{failed} images failed: see {out / 'failures.jsonl'}")
+        say(f"{failed} images failed: see {out / 'failures.jsonl'}")
     return failed
 
 
@@ -215,25 +210,25 @@ def detect(
     if detector == "grid":
         raise DepthsegError("the grid is made of points and finds no boxes", "Choose another --detector.")
     opt.check_detector(plan, pull)
-    with contextlib.redirect_stdout(sys.stderr), _interruptible("stopped; nothing was written"):
+    with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
         from depthseg import data
 
         images = data.find(paths)
-        _take(output.parent)
+        take(output.parent)
         from depthseg.detect.choose import detector as choose
         from depthseg.detect.files import write_boxes
         from depthseg.segment import device_of, precision_of
 
         where = device_of(device)
-        with _downloads() as fetched:
+        with downloads() as fetched:
             chosen = choose(plan, where, precision_of(precision, where), pull, fetched)
         for note in (*chosen.notes, *catalog.terms({f"detector {chosen.name}": chosen.entry} if chosen.entry else {})):
-            _say(note)
-        with _progress("images") as show:
+            say(note)
+        with progress("images") as show:
             count, failed = write_boxes(images, chosen.source, output, batch, show)  # type: ignore[arg-type]
-        _say(f"{count} boxes in {len(images) - len(failed)} images")
+        say(f"{count} boxes in {len(images) - len(failed)} images")
         for failure in failed[:FAILURES_SHOWN]:
-            _say(f"failed: {failure.image.key}: {failure.reason}")
+            say(f"failed: {failure.image.key}: {failure.reason}")
     typer.echo(output)
     if failed:
         raise typer.Exit(SOME_FAILED)
@@ -281,11 +276,11 @@ def evaluate(
     if annotations is None and prompt != "depth":
         raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
     if output:
-        _take(output)
-    with contextlib.redirect_stdout(sys.stderr), _interruptible("stopped; nothing was written"):
+        take(output)
+    with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
         from depthseg.evaluate import evaluate as score
 
-        with _progress("images") as show:
+        with progress("images") as show:
             if annotations is None or prompt == "depth":
                 from depthseg.evaluate import evaluate_depth
 
@@ -293,10 +288,10 @@ def evaluate(
             else:
                 report = score(images, annotations, prompt=prompt, clicks=counts, plan=plan, subset=subset, progress=show)
                 for note in report["notes"]:
-                    _say(note)
+                    say(note)
     if output:
-        _write_json(output / "report.json", report)
-    _table(["score", "value"], [[k, _number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
+        write_json(output / "report.json", report)
+    table(["score", "value"], [[k, number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
     typer.echo(report["protocol"])
 
 
@@ -317,19 +312,19 @@ def depth_maps(
     """
     plan = Plan(depth=depth, device=device, precision=precision, batch=batch)
     opt.check_names(plan)
-    with contextlib.redirect_stdout(sys.stderr), _interruptible(f"stopped; the maps in {output} are whole"):
+    with contextlib.redirect_stdout(sys.stderr), interruptible(f"stopped; the maps in {output} are whole"):
         from depthseg import data, sink
 
         sink.check_output(output, paths)
         images = data.find(paths, exclude=output)
-        _take(output)
+        take(output)
         from depthseg.depth import write_maps
 
         chosen = _estimator(depth, device, precision, pull)
-        with _progress("maps") as show:
+        with progress("maps") as show:
             failed = write_maps(images, chosen.estimator, chosen.name, output, batch, show)
         for failure in failed[:FAILURES_SHOWN]:
-            _say(f"failed: {failure.image.key}: {failure.reason}")
+            say(f"failed: {failure.image.key}: {failure.reason}")
     typer.echo(output)
     if failed:
         raise typer.Exit(SOME_FAILED)
@@ -343,7 +338,7 @@ def _estimator(choice: str, device: str, precision: str, pull: bool) -> Any:
     where = device_of(device)
     chosen = depth_estimator(choice, where, precision_of(precision, where), pull)
     for note in (chosen.note, *catalog.terms({f"depth {chosen.name}": catalog.DEPTHS[chosen.name]})):
-        _say(note)
+        say(note)
     return chosen
 
 
@@ -409,9 +404,9 @@ def train(
         shares, losses = ({k: float(v) for k, _, v in (m.rpartition("=") for m in given or [])} for given in (mix, loss))
     except ValueError:
         raise DepthsegError("--mix and --loss take NAME=NUMBER", "Write them like --mix coco=3 --loss dice=2.") from None
-    _take(output)
+    take(output)
     again = "stopped; run the same command with --resume to go on from the newest checkpoint"
-    with contextlib.redirect_stdout(sys.stderr), _interruptible(again):
+    with contextlib.redirect_stdout(sys.stderr), interruptible(again):
         from depthseg.train import TrainPlan
         from depthseg.train import train as run
 
@@ -436,7 +431,7 @@ def train(
             device=device,
             precision=precision,
         )
-        weights = run(plan, resume=resume, progress=lambda line: _say("  ".join(f"{k} {v:.4g}" for k, v in line.items())))
+        weights = run(plan, resume=resume, progress=lambda line: say("  ".join(f"{k} {v:.4g}" for k, v in line.items())))
     typer.echo(weights)
 
 
@@ -475,126 +470,23 @@ def _measured(names: list[str]) -> None:
                 f"{paper[1]:.0f} G" if paper else "",
             ]
         )
-    _table(["model", "input", "parameters", "paper", "encoder MACs", "paper"], rows)
+    table(["model", "input", "parameters", "paper", "encoder MACs", "paper"], rows)
 
 
 def _listed() -> None:
     from depthseg import weights
 
     remarks: dict[str, list[str]] = {}
-    for title, table in (("model", catalog.MODELS), ("depth", catalog.DEPTHS), ("detector", catalog.DETECTORS)):
+    for title, entries in (("model", catalog.MODELS), ("depth", catalog.DEPTHS), ("detector", catalog.DETECTORS)):
         rows = []
-        for name, entry in table.items():
+        for name, entry in entries.items():
             licence, _, remark = entry.licence.partition(": ")
             for text in filter(None, (remark, entry.note)):
                 remarks.setdefault(text, []).append(name)
             rows.append([name, str(entry.input or ""), licence, weights.state(entry)])
-        _table([title, "input", "licence", "weights"], rows)
+        table([title, "input", "licence", "weights"], rows)
     for text, which in remarks.items():
         typer.echo(f"{', '.join(dict.fromkeys(which))}: {text}")
-
-
-def _take(folder: Path) -> None:
-    """Make the output folder, or refuse it before any work is done for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DepthsegError(f"cannot write to {folder} ({error.strerror})", "Choose another folder with -o.") from None
-
-
-@contextlib.contextmanager
-def _interruptible(how_to_go_on: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM (Slurm, Kubernetes) leave with one line, and 130 or 143."""
-
-    def terminated(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        _say(how_to_go_on)
-        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of (done, total) that shows speed and time left: a bar on a terminal, elsewhere a line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    start = last = time.monotonic()
-    console = Console(stderr=True)
-    if not console.is_terminal:
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            if (now := time.monotonic()) - last >= LINE_EVERY and done:
-                last, speed = now, done / (now - start)
-                _say(f"{done}/{total} {unit}, {speed:.2f} {unit}/s, {_duration((total - done) / max(speed, 1e-9))} left")
-
-        yield line
-        return
-    speed = TextColumn("{task.fields[speed]}")
-    with Progress(BarColumn(), MofNCompleteColumn(), TextColumn(unit), speed, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(unit, total=None, speed="")
-
-        def move(done: int, total: int) -> None:
-            seconds = max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, total=total, speed=f"{done / seconds:.2f}/s" if done else "")
-
-        yield move
-
-
-@contextlib.contextmanager
-def _downloads() -> Iterator[Callable[[int, int], None]]:
-    """A function of bytes (done, total) that shows a download, from its first call on."""
-    with contextlib.ExitStack() as open_bars:
-        show: Callable[[int, int], None] | None = None
-
-        def tell(done: int, total: int) -> None:
-            nonlocal show
-            show = show or open_bars.enter_context(_progress("MiB"))
-            show(done >> 20, max(done, total) >> 20)  # a server need not say the total
-
-        yield tell
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; columns of numbers are right-aligned."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE)
-    for i, name in enumerate(head):
-        numeric = all(row[i][:1].isdigit() or not row[i] for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=not i)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -619,11 +511,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _verbs() -> list[str]:
-    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback] + ["weights"]
 
 
 def _explain(kind: str, message: str, hint: str) -> None:
     """One line that says what is wrong, one that says what to do."""
-    _say(f"{kind}: {' '.join(message.split())}")
+    say(f"{kind}: {' '.join(message.split())}")
     if hint:
-        _say(f"hint: {hint}")
+        say(f"hint: {hint}")

@@ -6,6 +6,7 @@ The only module that uses a network, and only inside `pull`. Knows file names an
 import contextlib
 import hashlib
 import http.client
+import json
 import os
 import shutil
 import socket
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from depthseg import catalog
 from depthseg.errors import DepthsegError
 
@@ -23,6 +26,7 @@ READ_SECONDS = 60.0  # silence after which a download is given up
 HUB_NEEDED = ["config.json", "model.safetensors"]  # without these a repository's folder is no model
 HUB_FILES = [*HUB_NEEDED, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
 CHUNK = 1 << 20
+NOTES = "pulled.json"  # in the cache: hash, size and source of each pulled file
 
 
 def sha256(path: Path) -> str:
@@ -74,7 +78,8 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
     """Fetch the weights of this row unless they are here: the path of their file, or of the model's folder in the hub's cache.
 
     name: the row's name, for messages. progress: told (bytes done, bytes in all, 0 if unknown) of a file from an address.
-    Raises DepthsegError with code MISSING_PIECE; nothing half-written remains.
+    A download that broke off is continued. What came is compared with what its publisher names, and its hash is written down.
+    Raises DepthsegError with code MISSING_PIECE; a file appears under its name only when it is whole.
     """
     if path := find(entry):
         return path
@@ -83,6 +88,7 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
     if entry.url and entry.file:
         target = catalog.cache() / entry.file
         _download(entry, target, name, progress)
+        _note(entry, target, entry.url)
         return target
     raise catalog.missing(f"the weights of {name} cannot be fetched: nobody publishes them", entry.role)
 
@@ -95,35 +101,139 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
     _probe(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", entry, name)
     try:
         if entry.file is None:
-            return Path(hub.snapshot_download(entry.hub, allow_patterns=HUB_FILES))
-        got = Path(hub.hf_hub_download(entry.hub, entry.file)).resolve()
+            return Path(hub.snapshot_download(entry.hub, revision=entry.revision, allow_patterns=HUB_FILES))
+        got = Path(hub.hf_hub_download(entry.hub, entry.inside or entry.file, revision=entry.revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _no(entry, name, f"{entry.hub} on the hub: {reason}") from error
+    _compare(entry, name, got.resolve(), entry.sha256 or _hubs_hash(got))
     target = catalog.cache() / entry.file
     with _complete(target) as part:
         try:
-            os.link(got, part)
+            os.link(got.resolve(), part)
         except OSError:  # another file system
             shutil.copyfile(got, part)
+    _note(entry, target, f"{entry.hub}/{entry.inside or entry.file}")
     return target
 
 
+def _hubs_hash(file: Path) -> str | None:
+    """What the hub says the sha256 of a large file in its cache is: the name of the entry that the file in a snapshot links to."""
+    name = os.readlink(file).replace("\\", "/").rpartition("/")[2] if file.is_symlink() else ""
+    return name if len(name) == 64 and set(name) <= set("0123456789abcdef") else None  # small files carry a git hash of 40
+
+
+def _compare(entry: catalog.Row, name: str, file: Path, expected: str | None) -> None:
+    """Refuse, and remove, a file that is not what its publisher says."""
+    if expected and (found := sha256(file)) != expected:
+        file.unlink()
+        raise _no(entry, name, f"{entry.url or entry.hub}: what came has the sha256 {found[:12]}..., not {expected[:12]}...")
+
+
 def _download(entry: catalog.Row, target: Path, name: str, progress: Callable[[int, int], None] | None) -> None:
+    """Fetch `entry.url`, going on where an earlier attempt broke off if the server can, and if its file is still the same one."""
     assert entry.url
     _probe(entry.url, entry, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    version = part.with_suffix(".version")  # the server's mark of the file that `part` is the beginning of
+    request = urllib.request.Request(entry.url)
+    if (held := part.stat().st_size if part.exists() else 0) and version.exists():
+        request.add_header("Range", f"bytes={held}-")
+        request.add_header("If-Range", version.read_text())
     try:
-        with urllib.request.urlopen(entry.url, timeout=READ_SECONDS) as answer, _complete(target) as part, open(part, "wb") as file:
-            total, done = int(answer.headers.get("Content-Length") or 0), 0
-            while chunk := answer.read(CHUNK):
-                file.write(chunk)
-                done += len(chunk)
-                if progress:
-                    progress(done, total)
+        with FileLock(part.with_suffix(".lock"), timeout=0), urllib.request.urlopen(request, timeout=READ_SECONDS) as answer:
+            if "text/html" in answer.headers.get("Content-Type", ""):  # a login or error page that calls itself a success
+                raise OSError("a web page came instead of the file")
+            done = held if answer.status == 206 else 0
+            total = done + int(answer.headers.get("Content-Length") or 0) if answer.headers.get("Content-Length") else 0
+            version.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+            if not version.read_text():
+                version.unlink()
+            with open(part, "ab" if done else "wb") as file:
+                while chunk := answer.read(CHUNK):
+                    file.write(chunk)
+                    done += len(chunk)
+                    if progress:
+                        progress(done, total)
             if total and done != total:  # read() ends quietly when the connection does
-                raise OSError(f"the download ended after {done} of {total} bytes")
+                raise OSError(f"the download ended after {done} of {total} bytes; started again, it goes on there")
+            _compare(entry, name, part, entry.sha256)
+            part.replace(target)
+            version.unlink(missing_ok=True)
+    except Timeout:
+        raise _no(entry, name, f"{entry.url}: another process is fetching it") from None
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
+        if getattr(error, "code", None) == 416:  # nothing is left to ask for: what is here is no beginning of their file
+            part.unlink(missing_ok=True)
         raise _no(entry, name, f"{entry.url}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.with_suffix(".lock").unlink()
+
+
+# ---- what is here, and whether it is sound ----
+
+
+def _notes() -> dict[str, dict]:
+    """What was written down about pulled files, by their path below the cache."""
+    try:
+        return json.loads((catalog.cache() / NOTES).read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _note(entry: catalog.Row, file: Path, source: str) -> None:
+    assert entry.file
+    notes = _notes() | {entry.file: {"sha256": sha256(file), "bytes": file.stat().st_size, "source": source}}
+    with _complete(catalog.cache() / NOTES) as part:
+        part.write_text(json.dumps(notes, indent=1) + "\n")
+
+
+def partial(entry: catalog.Row) -> Path | None:
+    """The beginning of a download that broke off, if there is one."""
+    path = catalog.cache() / entry.file if entry.file else None
+    part = path and path.with_name(f".{path.name}.part")
+    return part if part and part.exists() else None
+
+
+def verify(entry: catalog.Row) -> str:
+    """In a phrase: sound, missing, half fetched, no reference to compare with, or damaged."""
+    path = find(entry)
+    if path is None:
+        return "half fetched" if partial(entry) else "missing"
+    if path.is_dir():
+        expected = {file.name: (sha256(file), _hubs_hash(file)) for file in path.iterdir() if file.is_file()}
+        known = {name: pair for name, pair in expected.items() if pair[1]}
+        bad = [name for name, (found, wanted) in known.items() if found != wanted]
+        return f"damaged: {', '.join(bad)}" if bad else "sound" if known else "no reference"
+    sums = catalog.embedded() / "SHA256SUMS"
+    table = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
+    embedded = path.is_relative_to(catalog.embedded())
+    expected_one = entry.sha256 or (table if embedded else {k: v["sha256"] for k, v in _notes().items()}).get(str(entry.file))
+    if expected_one is None:
+        return "no reference"
+    return "sound" if sha256(path) == expected_one else "damaged"
+
+
+def remove(entry: catalog.Row, name: str) -> int:
+    """Delete what was pulled for this row, whole or half; the bytes that were freed. Embedded weights are refused."""
+    path = find(entry)
+    if path and not path.is_dir() and path.is_relative_to(catalog.embedded()):
+        raise DepthsegError(f"the weights of {name} are part of the package", "Uninstall depthseg to be rid of them.")
+    freed = 0
+    if path and path.is_dir():
+        import huggingface_hub
+
+        cache = huggingface_hub.scan_cache_dir()
+        plan = cache.delete_revisions(*(r.commit_hash for repo in cache.repos if repo.repo_id == entry.hub for r in repo.revisions))
+        freed = plan.expected_freed_size
+        plan.execute()
+    for file in (path, partial(entry)):
+        if file and file.is_file():
+            freed += file.stat().st_size
+            file.unlink()
+    return freed
 
 
 @contextlib.contextmanager
@@ -154,3 +264,47 @@ def _probe(url: str, entry: catalog.Row, name: str) -> None:
 
 def _no(entry: catalog.Row, name: str, reason: str) -> DepthsegError:
     return catalog.missing(f"the weights of {name} could not be fetched from {reason}", entry.role)
+
+
+# ---- converting ----
+
+
+def convert(source: Path, target: Path, name: str, half: bool = False) -> dict[str, str]:
+    """Write a checkpoint as safetensors, with a card beside it (`target` with .md); what the card says, by heading.
+
+    name: the row of a segmentation model or of ViTDet that `source` fits. A plain checkpoint for a depth-aware model becomes the
+    start of its training: the depth encoder is a copy of the RGB encoder, and alpha is 0. half: matrices and kernels in fp16.
+    """
+    from depthseg.models import checkpoint
+
+    entry = catalog.pullable(name)
+    if entry.role == "model":
+        network = catalog.resolve(entry)(**entry.args)
+        plain = network.alpha is not None and "alpha" not in checkpoint.read(source)
+        checkpoint.load_into(network, source)
+        if plain:
+            network.depth_encoder.load_state_dict(network.image_encoder.state_dict())
+        done = "the depth encoder is a copy of the RGB encoder, alpha is 0: a start for training" if plain else "the values are unchanged"
+    elif name.startswith("vitdet"):
+        from depthseg.models.vitdet import ViTDet
+
+        arguments = entry.args
+        network = ViTDet(
+            arguments["variant"], 1203 if arguments["data"] == "lvis" else 80, arguments["cascade"], arguments["data"] == "lvis"
+        )
+        network.load(source)
+        done = "without its mask heads; the position embedding is brought to 64 x 64"
+    else:
+        raise DepthsegError(f"{name} keeps the format of its publisher", "Segmentation models and ViTDet can be converted.")
+    about = {
+        "Model": name,
+        "Made from": f"{source.name}, sha256 {sha256(source)}",
+        "What was done": done + (", matrices and kernels in fp16" if half else ""),
+        "Parameters": f"{sum(p.numel() for p in network.parameters()):,}",
+        "Licence": entry.licence,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(network, target, {"model": name}, half)
+    with _complete(target.with_suffix(".md")) as part:
+        part.write_text(f"# {target.name}\n\n" + "".join(f"- {k}: {v}\n" for k, v in about.items()), encoding="utf-8")
+    return about

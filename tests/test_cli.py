@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from depthseg import __version__, catalog, cli, data, masks, sink
+from depthseg import __version__, catalog, cli, data, masks, sink, terminal
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Masks, Record
@@ -257,19 +257,19 @@ def test_what_cannot_be_written_is_a_failure_unless_the_disk_is_full(run, fake, 
 
 
 def test_a_download_is_shown_from_its_first_bytes_on(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
-    with cli._downloads():
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    with terminal.downloads():
         pass
     assert capsys.readouterr().err == ""
-    with cli._downloads() as tell:
+    with terminal.downloads() as tell:
         tell(3 << 20, 6 << 20)
         tell(5 << 20, 0)
     assert [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()] == ["3/6 MiB", "5/5 MiB"]
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
-    with cli._progress("images") as show:
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    with terminal.progress("images") as show:
         show(1, 4)
         show(4, 4)
     lines = capsys.readouterr().err.splitlines()

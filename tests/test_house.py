@@ -24,20 +24,20 @@ LAYERS = {
     "stages": "detect depth tasks weights",
     "segment": "segment",
     "verbs": "evaluate train bench",
-    "edge": "options cli __main__",
+    "edge": "options terminal weights_cli cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy"},
     "tensors": {"torch", "torchvision", "timm", "safetensors"},
-    "stages": {"transformers", "ultralytics", "huggingface_hub"},
+    "stages": {"filelock", "transformers", "ultralytics", "huggingface_hub"},
     "segment": set(),
     "verbs": set(),
     "edge": {"typer", "rich"},
 }
 HEAVY = ("torch", "numpy", "PIL", "transformers")
-VERBS = ("segment", "detect", "eval", "depth", "train", "models")
+VERBS = ("segment", "detect", "eval", "depth", "train", "models", "weights")
 
 
 def files():
@@ -82,17 +82,21 @@ def test_imports_go_down_only(path):
         assert layer != "verbs" or LEVEL[target] < LEVEL[here] or target == here, f"the verb {here} imports the verb {target}"
 
 
-def test_the_command_line_imports_no_more_than_the_ground_at_its_top():
-    tree = ast.parse((PACKAGE / "cli.py").read_text())
+@pytest.mark.parametrize("name", LAYERS["edge"].split())
+def test_the_command_line_imports_no_more_than_the_ground_at_its_top(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     for name in imports(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])):
         top, _, rest = name.partition(".")
         light = top in sys.stdlib_module_names or top == "typer" or name == "depthseg.__version__"
-        assert light or (top == "depthseg" and rest in [*LAYERS["ground"].split(), "options"]), f"cli.py imports {name} at its top"
+        rest = rest.partition(".")[0]
+        assert light or (top == "depthseg" and rest in [*LAYERS["ground"].split(), *LAYERS["edge"].split()]), (
+            f"it imports {name} at its top"
+        )
 
 
 def test_only_the_command_line_prints_or_exits():
     for path in files():
-        if path.name == "cli.py":
+        if path.stem in LAYERS["edge"].split():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -207,7 +211,9 @@ def test_the_readmes_tree_is_the_folder(readme):
 
 def options_of(verb: str) -> set[str]:
     command = typer.main.get_command(cli.app).commands[verb]
-    return {"-h", "--help"}.union(*(set(p.opts + p.secondary_opts) for p in command.params))
+    own = set().union(*(set(p.opts + p.secondary_opts) for p in command.params))
+    below = [set(p.opts + p.secondary_opts) for c in getattr(command, "commands", {}).values() for p in c.params]
+    return {"-h", "--help"}.union(own, *below)
 
 
 def test_the_readmes_commands_have_their_options(readme):

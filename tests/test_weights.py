@@ -3,13 +3,17 @@
 import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import pytest
+import torch
+from filelock import FileLock
 
-from depthseg import catalog, weights
+from depthseg import catalog, cli, weights
 from depthseg.catalog import Row
 from depthseg.errors import MISSING_PIECE, DepthsegError
 
@@ -17,15 +21,28 @@ BODY = bytes(range(256)) * 9000  # more than one chunk
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Gives BODY, as its file's name says: cut off, unsized, absent, a web page; resumes what is asked for by range."""
+
+    asked: ClassVar[list[str | None]] = []
+    mark = "one"
+
     def do_GET(self) -> None:
+        begin = 0
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
         if self.path == "/absent.pt":
             self.send_error(404)
             return
-        self.send_response(200)
+        if wanted and self.headers.get("If-Range") == self.mark and self.path != "/rigid.pt":
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if begin else 200)
         if self.path != "/unsized.pt":
-            self.send_header("Content-Length", str(len(BODY)))
+            self.send_header("Content-Length", str(len(BODY) - begin))
+        if self.path == "/page.pt":
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("ETag", self.mark)
         self.end_headers()
-        self.wfile.write(BODY[:1_500_000] if self.path == "/cut.pt" else BODY)
+        self.wfile.write(BODY[begin:1_500_000] if self.path in ("/cut.pt", "/rigid.pt") and not wanted else BODY[begin:])
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -59,21 +76,154 @@ def test_a_file_is_fetched_once(server, weights_cache, name):
     assert weights.pull(entry, "thing").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("name, reason", [("cut.pt", "1500000 of 2304000 bytes"), ("absent.pt", "404")])
-def test_nothing_half_written_remains(server, weights_cache, name, reason):
+@pytest.mark.parametrize(("name", "reason"), [("absent.pt", "404"), ("page.pt", "a web page came")])
+def test_what_is_no_file_leaves_nothing(server, weights_cache, name, reason):
     with pytest.raises(DepthsegError, match=reason) as error:
         weights.pull(row(server, name), "thing")
     assert error.value.code == MISSING_PIECE and "--boxes FILE" in error.value.hint and "--weights" not in error.value.hint
     assert [p for p in weights_cache.rglob("*") if p.is_file()] == []
 
 
-def test_an_interrupted_download_leaves_nothing(server, weights_cache):
+@pytest.mark.parametrize("name", ["cut.pt", "rigid.pt"])
+def test_a_download_that_broke_off_is_continued(server, weights_cache, name):
+    """Also by a server that cannot resume and begins again."""
+    entry = row(server, name)
+    with pytest.raises(DepthsegError, match="1500000 of 2304000 bytes; started again"):
+        weights.pull(entry, "thing")
+    assert weights.find(entry) is None and weights.verify(entry) == "half fetched" and weights.state(entry) == "--pull"
+    told = []
+    path = weights.pull(entry, "thing", lambda done, total: told.append((done, total)))
+    assert path.read_bytes() == BODY and Handler.asked[-1] == "bytes=1500000-" and told[-1] == (len(BODY), len(BODY))
+    assert (told[0][0] > 1_500_000) == (name == "cut.pt")
+    assert sorted(p.name for p in weights_cache.rglob("*") if p.is_file()) == sorted([name, "pulled.json"])
+    assert weights.verify(entry) == "sound"
+
+
+def test_a_file_that_changed_in_between_is_fetched_anew(server, weights_cache, monkeypatch):
+    entry = row(server, "cut.pt")
+    with pytest.raises(DepthsegError):
+        weights.pull(entry, "thing")
+    monkeypatch.setattr(Handler, "mark", "two")
+    assert weights.pull(entry, "thing").read_bytes() == BODY
+
+
+def test_what_comes_is_compared_with_what_its_publisher_says(server, weights_cache):
+    entry = row(server, "whole.pt")
+    with pytest.raises(DepthsegError, match="sha256"):
+        weights.pull(replace(entry, sha256="0" * 64), "thing")
+    assert [p for p in weights_cache.rglob("*.pt") if p.is_file()] == [] and weights.partial(entry) is None
+    entry = replace(entry, sha256=hashlib.sha256(BODY).hexdigest())
+    path = weights.pull(entry, "thing")
+    assert weights.verify(entry) == "sound"
+    path.write_bytes(BODY[:-1] + b"?")
+    assert weights.verify(entry) == weights.verify(replace(entry, sha256=None)) == "damaged"
+    (weights_cache / weights.NOTES).unlink()
+    assert weights.verify(replace(entry, sha256=None)) == "no reference"
+    assert weights.remove(entry, "thing") == len(BODY) and weights.verify(entry) == "missing" and weights.remove(entry, "thing") == 0
+
+
+def test_an_interrupted_download_goes_on(server, weights_cache):
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
+    entry = row(server, "whole.pt")
     with pytest.raises(KeyboardInterrupt):
-        weights.pull(row(server, "whole.pt"), "thing", stop)
-    assert [p for p in weights_cache.rglob("*") if p.is_file()] == []
+        weights.pull(entry, "thing", stop)
+    assert weights.find(entry) is None and weights.partial(entry)
+    assert weights.pull(entry, "thing").read_bytes() == BODY and Handler.asked[-1].startswith("bytes=")
+
+
+def test_two_processes_do_not_write_one_file(server, weights_cache):
+    entry = row(server, "whole.pt")
+    (weights_cache / "sub").mkdir(parents=True)
+    with FileLock(weights_cache / "sub" / ".whole.pt.lock"), pytest.raises(DepthsegError, match="another process"):
+        weights.pull(entry, "thing")
+
+
+def test_embedded_weights_are_sound_and_stay():
+    for table in catalog.TABLES.values():
+        for name, entry in table.items():
+            if entry.file and entry.file.startswith("nano/"):
+                assert weights.verify(entry) == "sound", f"{name}: renew weights/SHA256SUMS"
+                with pytest.raises(DepthsegError, match="part of the package"):
+                    weights.remove(entry, name)
+
+
+def test_a_repository_of_the_hub_is_compared_by_the_names_of_its_blobs(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--some"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    blob = repository / "blobs" / hashlib.sha256(BODY).hexdigest()
+    blob.write_bytes(BODY)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
+    entry = Row("", hub="someone/some", role="detector")
+    assert weights.verify(entry) == "sound" and weights.state(entry) == "here"
+    blob.write_bytes(BODY[1:])
+    assert weights.verify(entry) == "damaged: model.safetensors"
+    assert weights.remove(entry, "some") > 0 and weights.verify(entry) == "missing"
+
+
+# ---- converting ----
+
+
+def test_a_plain_checkpoint_becomes_a_depth_aware_start(tmp_path):
+    from depthseg.models.depthseg import build
+
+    torch.manual_seed(0)
+    plain = build("nano", depth=False)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    about = weights.convert(tmp_path / "plain.pt", tmp_path / "sub" / "start.safetensors", "nano-depth")
+    network = catalog.load("nano-depth", tmp_path / "sub" / "start.safetensors")
+    assert network.alpha == 0
+    for a, b in zip(network.image_encoder.state_dict().values(), network.depth_encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for k, v in plain.state_dict().items():
+        assert torch.equal(v, network.state_dict()[k]), k
+    card = (tmp_path / "sub" / "start.md").read_text()
+    assert "a start for training" in card and weights.sha256(tmp_path / "plain.pt") in card and about["Model"] == "nano-depth"
+    weights.convert(tmp_path / "plain.pt", tmp_path / "half.safetensors", "nano", half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "plain.pt").stat().st_size
+    with pytest.raises(DepthsegError, match="does not fit"):
+        weights.convert(tmp_path / "plain.pt", tmp_path / "x.safetensors", "efficientvit-sam-l0")
+    with pytest.raises(DepthsegError, match="keeps the format"):
+        weights.convert(tmp_path / "plain.pt", tmp_path / "x.safetensors", "yolov8n")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+# ---- the command ----
+
+
+def test_the_commands(server, weights_cache, monkeypatch, capsys):
+    entry = replace(row(server, "whole.pt"), licence="AGPL-3.0", note="a note")
+    monkeypatch.setitem(catalog.DETECTORS, "thing", entry)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(["weights", *words])
+        return (leaving.value.code, *capsys.readouterr())
+
+    code, out, _ = run("list")
+    assert code == 0 and all(name in out for table in catalog.TABLES.values() for name, e in table.items() if e.file or e.hub)
+    assert run("path", "thing")[0] == MISSING_PIECE
+    code, out, err = run("pull", "thing")
+    assert code == 0 and not out and "AGPL-3.0" in err and "a note" in err
+    code, out, _ = run("path", "thing")
+    assert (code, out) == (0, f"{weights_cache / 'sub' / 'whole.pt'}\n")
+    assert "thing" in run("list", "--here")[1] and "sound" in run("verify", "thing")[1]
+    Path(out.strip()).write_bytes(b"x")
+    code, _, err = run("verify")
+    assert code == MISSING_PIECE and "not sound: thing" in err
+    assert run("rm", "thing")[0] == 0 and run("path", "thing")[0] == MISSING_PIECE
+    code, _, err = run("pull", "thin")
+    assert code == 2 and "Did you mean thing" in err
 
 
 @pytest.mark.parametrize("source", ["url", "hub"])
@@ -103,7 +253,7 @@ def test_a_file_of_the_hub_lands_in_our_cache(server, tmp_path, weights_cache, m
     blob.write_bytes(b"weights")
     asked = []
 
-    def download(repo: str, file: str) -> str:
+    def download(repo: str, file: str, revision: str | None) -> str:
         asked.append((repo, file))
         return str(blob)
 
@@ -113,14 +263,14 @@ def test_a_file_of_the_hub_lands_in_our_cache(server, tmp_path, weights_cache, m
     path = weights.pull(entry, "efficientvit-sam-l0")
     assert asked == [(entry.hub, "efficientvit_sam_l0.pt")]
     assert path == weights_cache / "efficientvit_sam_l0.pt" == catalog.find(entry) and path.read_bytes() == b"weights"
-    assert [p.name for p in weights_cache.iterdir()] == [path.name] and weights.locate(entry, "thing", False) == path
+    assert sorted(p.name for p in weights_cache.iterdir()) == [path.name, weights.NOTES] and weights.locate(entry, "thing", False) == path
     assert catalog.find(catalog.MODELS["efficientvit-sam-l0-depth"]) == path
 
 
 def test_a_model_of_the_hub_stays_in_the_hubs_cache(server, tmp_path, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(tmp_path / repo))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, revision, allow_patterns: str(tmp_path / repo))
     monkeypatch.setenv("HF_ENDPOINT", server)
     assert weights.pull(Row("", hub="owner/some"), "thing") == tmp_path / "owner/some"
 

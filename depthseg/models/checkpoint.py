@@ -107,8 +107,11 @@ def load_into(network: nn.Module, path: Path) -> None:
     network.load_state_dict(state, strict=True)  # fp16 tensors are copied into the network's fp32 ones
 
 
-def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write inference weights as safetensors: kernels and matrices in fp16, vectors in fp32, since variances may exceed fp16's 65504."""
-    state = {k: (v.half() if v.is_floating_point() and v.ndim > 1 else v).contiguous() for k, v in network.state_dict().items()}
+def save(network: nn.Module, path: Path, metadata: dict[str, str], half: bool = True) -> None:
+    """Write inference weights as safetensors: kernels and matrices in fp16, vectors in fp32, since variances may exceed fp16's 65504.
+
+    half: False leaves everything as it is.
+    """
+    state = {k: (v.half() if half and v.is_floating_point() and v.ndim > 1 else v).contiguous() for k, v in network.state_dict().items()}
     with atomic(path) as part:
         save_file(state, part, metadata)
