@@ -31,7 +31,9 @@ class Row:
     licence: str = ""
     note: str = ""
     role: str = "model"  # a key of WAYS
-    needs: str = ""  # the extra that brings its package
+    millions: float = 0  # parameters: counted by `depthseg models NAME`, or as the publisher says
+    gmacs: float = 0  # multiply-adds of encoding one image, in billions, likewise
+    score: str = ""  # published, and where
 
 
 _PULL = "run again with --pull on a machine with a network"
@@ -47,23 +49,38 @@ _OFFICIAL = "mit-han-lab/efficientvit-sam"
 _NANO = "research only: trained on sources with non-commercial terms, see weights/nano/README.md"
 
 
+_EFFICIENTVIT_SAM = {  # millions of parameters without and with depth, billions of multiply-adds (ours), COCO mask AP (the paper's)
+    "l0": (34.8, 65.5, 34.77, 45.7),
+    "l1": (47.7, 91.2, 48.98, 46.2),
+    "l2": (61.3, 118.6, 68.55, 46.6),
+    "xl0": (117.0, 229.9, 184.8, 47.5),
+    "xl1": (203.3, 402.6, 321.87, 47.8),
+}
+
+
 def _models() -> dict[str, Row]:
     build = "depthseg.models.depthseg:build"
     rows = {
-        "nano": Row(build, {"variant": "nano", "depth": False}, "nano/nano.safetensors", input=512, licence=_NANO),
-        "nano-depth": Row(build, {"variant": "nano", "depth": True}, "nano/nano-depth.safetensors", input=512, licence=_NANO),
+        "nano": Row(
+            build, {"variant": "nano", "depth": False}, "nano/nano.safetensors", input=512, licence=_NANO, millions=2.9, gmacs=3.67
+        ),
+        "nano-depth": Row(
+            build, {"variant": "nano", "depth": True}, "nano/nano-depth.safetensors", input=512, licence=_NANO, millions=5.6, gmacs=7.34
+        ),
     }
-    for v in ("l0", "l1", "l2", "xl0", "xl1"):
+    for v, (plain, deep, gmacs, ap) in _EFFICIENTVIT_SAM.items():
         size = 1024 if v.startswith("xl") else 512
-        file = f"efficientvit_sam_{v}.pt"
-        rows[f"efficientvit-sam-{v}"] = Row(build, {"variant": v, "depth": False}, file, hub=_OFFICIAL, input=size, licence="Apache-2.0")
-        rows[f"efficientvit-sam-{v}-depth"] = Row(
-            build,
-            {"variant": v, "depth": True},
-            file,
-            hub=_OFFICIAL,
-            input=size,
-            licence="Apache-2.0",
+        official = Row(build, {"variant": v, "depth": False}, f"efficientvit_sam_{v}.pt", hub=_OFFICIAL, input=size, licence="Apache-2.0",
+                       millions=plain, gmacs=gmacs, score=f"COCO mask AP {ap} with ViTDet boxes (EfficientViT-SAM, Table 1)")  # fmt: skip
+        rows[f"efficientvit-sam-{v}"] = official
+        rows[f"efficientvit-sam-{v}-depth"] = replace(
+            official,
+            args={"variant": v, "depth": True},
+            millions=deep,
+            gmacs=round(2 * gmacs, 2),
+            score="COCO mIoU 76.6 with true boxes (Depth-Aware EfficientViT-SAM, Table 3; its weights are not published)"
+            if v == "l2"
+            else "",
             note="starts as the RGB model (alpha 0) until a trained depth branch is given with --weights",
         )
     return rows
@@ -71,12 +88,12 @@ def _models() -> dict[str, Row]:
 
 def _depths() -> dict[str, Row]:
     file = "nano/nano-depth-estimator.safetensors"
-    rows = {"nano": Row("depthseg.depth:NanoDepth", file=file, input=256, licence=_NANO, role="depth")}
+    rows = {"nano": Row("depthseg.depth:NanoDepth", file=file, input=256, licence=_NANO, role="depth", millions=2.6)}
     for version, owner, prefix in (
         ("v2", "depth-anything", "Depth-Anything-V2-{}-hf"),
         ("v1", "LiheYoung", "depth-anything-{}-hf"),
     ):
-        for size in ("small", "base", "large"):
+        for size, millions in (("small", 24.8), ("base", 97.5), ("large", 335.3)):  # as Depth Anything V2's page says
             name = size.capitalize() if version == "v2" else size
             free = version == "v1" or size == "small"
             rows[f"depth-anything-{version}-{size}"] = Row(
@@ -86,33 +103,39 @@ def _depths() -> dict[str, Row]:
                 licence="Apache-2.0" if free else "CC-BY-NC-4.0",
                 note="" if free else "non-commercial use only",
                 role="depth",
+                millions=millions,
             )
     return rows
 
 
-_VITDET = {  # size, data, cascade -> run and file, as listed by detectron2's projects/ViTDet
-    ("b", "coco", True): "f325358525/model_final_435fa9.pkl",
-    ("l", "coco", True): "f328021305/model_final_1a9f28.pkl",
-    ("h", "coco", True): "f328730692/model_final_f05665.pkl",
-    ("b", "lvis", True): "329226874/model_final_df306f.pkl",
-    ("l", "lvis", True): "329042206/model_final_3e81c2.pkl",
-    ("h", "lvis", True): "332552778/model_final_11bbb7.pkl",
-    ("b", "coco", False): "f325346929/model_final_61ccd1.pkl",
-    ("l", "coco", False): "f325599698/model_final_6146ed.pkl",
-    ("h", "coco", False): "f329145471/model_final_7224f1.pkl",
-    ("b", "lvis", False): "329225748/model_final_5251c5.pkl",
-    ("l", "lvis", False): "329211570/model_final_021b3a.pkl",
-    ("h", "lvis", False): "332434656/model_final_866730.pkl",
+_VITDET = {  # size, data, cascade -> run and file and box AP as detectron2's projects/ViTDet says; parameters without the mask head
+    ("b", "coco", True): ("f325358525/model_final_435fa9.pkl", 141.5, 54.0),
+    ("l", "coco", True): ("f328021305/model_final_1a9f28.pkl", 362.3, 57.6),
+    ("h", "coco", True): ("f328730692/model_final_f05665.pkl", 693.8, 58.7),
+    ("b", "lvis", True): ("329226874/model_final_df306f.pkl", 145.0, 43.0),
+    ("l", "lvis", True): ("329042206/model_final_3e81c2.pkl", 365.8, 49.2),
+    ("h", "lvis", True): ("332552778/model_final_11bbb7.pkl", 697.3, 51.5),
+    ("b", "coco", False): ("f325346929/model_final_61ccd1.pkl", 111.2, 51.6),
+    ("l", "coco", False): ("f325599698/model_final_6146ed.pkl", 332.0, 55.5),
+    ("h", "coco", False): ("f329145471/model_final_7224f1.pkl", 663.6, 56.7),
+    ("b", "lvis", False): ("329225748/model_final_5251c5.pkl", 117.0, 40.2),
+    ("l", "lvis", False): ("329211570/model_final_021b3a.pkl", 337.8, 46.1),
+    ("h", "lvis", False): ("332434656/model_final_866730.pkl", 669.3, 49.1),
 }
+
+
+_REVISIONS = {"IDEA-Research/grounding-dino-tiny": "a2bb814dd30d776dcf7e30523b00659f4f141c71"}
 
 
 def _detectors() -> dict[str, Row]:
     detect = "depthseg.detect"
     rows = {
-        "nano": Row(f"{detect}.nano:NanoBoxes", file="nano/nano-boxes.safetensors", input=256, licence=_NANO, role="detector"),
+        "nano": Row(
+            f"{detect}.nano:NanoBoxes", file="nano/nano-boxes.safetensors", input=256, licence=_NANO, role="detector", millions=2.8
+        ),
         "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector"),
     }
-    for size in "nsmlx":
+    for size, millions, ap in (("n", 3.2, 37.3), ("s", 11.2, 44.9), ("m", 25.9, 50.2), ("l", 43.7, 52.9), ("x", 68.2, 53.9)):
         rows[f"yolov8{size}"] = Row(
             f"{detect}.yolo:Yolo",
             file=f"yolov8{size}.pt",
@@ -120,13 +143,15 @@ def _detectors() -> dict[str, Row]:
             input=640,
             licence="AGPL-3.0",
             role="detector",
+            millions=millions,
+            score=f"COCO box AP {ap} (ultralytics)",
         )
-    for size, data, megabytes in (
-        ("nano", "coco", 15.3),
-        ("small", "obj2coco", 41.5),
-        ("medium", "obj2coco", 78.7),
-        ("large", "obj2coco", 126),
-        ("xlarge", "obj2coco", 252),
+    for size, data, megabytes, published in (
+        ("nano", "coco", 15.3, None),
+        ("small", "obj2coco", 41.5, 50.7),
+        ("medium", "obj2coco", 78.7, 55.1),
+        ("large", "obj2coco", 126, 57.1),
+        ("xlarge", "obj2coco", 252, 59.3),
     ):
         rows[f"dfine-{size}"] = Row(
             f"{detect}.hub:HubDetector",
@@ -135,20 +160,33 @@ def _detectors() -> dict[str, Row]:
             input=640,
             licence="Apache-2.0",
             role="detector",
+            millions=round(megabytes / 4.03),  # its file holds little else, in fp32
+            score=f"COCO box AP {published} (D-FINE)" if published else "",
         )
-    for depth in ("18", "34", "50", "101"):
+    for depth, millions, ap in ((18, 20, 48.1), (34, 31, 49.9), (50, 42, 53.4), (101, 76, 54.3)):
         rows[f"rtdetrv2-r{depth}"] = Row(
-            f"{detect}.hub:HubDetector", hub=f"PekingU/rtdetr_v2_r{depth}vd", input=640, licence="Apache-2.0", role="detector"
+            f"{detect}.hub:HubDetector",
+            hub=f"PekingU/rtdetr_v2_r{depth}vd",
+            input=640,
+            licence="Apache-2.0",
+            role="detector",
+            millions=millions,
+            score=f"COCO box AP {ap} (RT-DETRv2)",
         )
     words = "finds what --text or --classes names"
-    for name, hub, note in (
-        ("groundingdino-tiny", "IDEA-Research/grounding-dino-tiny", words),
-        ("groundingdino-base", "IDEA-Research/grounding-dino-base", f"{words}; trained on COCO too, so its COCO numbers are not zero-shot"),
-        ("mm-groundingdino-tiny", "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det", words),
-        ("mm-groundingdino-base", "openmmlab-community/mm_grounding_dino_base_o365v1_goldg_v3det", words),
-    ):
-        rows[name] = Row(f"{detect}.grounding:GroundingDino", hub=hub, input=800, licence="Apache-2.0", note=note, role="detector")
-    for (size, data, cascade), path in _VITDET.items():
+    seen = "; trained on COCO too, so its COCO numbers are not zero-shot"
+    for name, hub, note, millions, score in (
+        ("groundingdino-tiny", "IDEA-Research/grounding-dino-tiny", words, 172.3, "COCO box AP 48.4, zero-shot (Grounding DINO)"),
+        ("groundingdino-base", "IDEA-Research/grounding-dino-base", words + seen, 232.3, ""),
+        ("mm-groundingdino-tiny", "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det", words, 0,
+         "COCO box AP 50.6, LVIS 31.9, both zero-shot (MM-Grounding-DINO)"),
+        ("mm-groundingdino-base", "openmmlab-community/mm_grounding_dino_base_o365v1_goldg_v3det", words, 0, ""),
+    ):  # fmt: skip
+        rows[name] = Row(
+            f"{detect}.grounding:GroundingDino", hub=hub, input=800, licence="Apache-2.0", note=note, role="detector",
+            millions=millions, score=score, revision=_REVISIONS.get(hub), megabytes=689 if name == "groundingdino-tiny" else 0,
+        )  # fmt: skip
+    for (size, data, cascade), (path, millions, ap) in _VITDET.items():
         stem = "vitdet" if cascade else "vitdet-single"
         kind = "cascade_mask_rcnn" if cascade else "mask_rcnn"
         rows[f"{stem}-{size}-{data}"] = Row(
@@ -159,6 +197,8 @@ def _detectors() -> dict[str, Row]:
             input=1024,
             licence="CC-BY-SA-3.0",  # of detectron2's model zoo, whose page for ViTDet names none of its own
             role="detector",
+            millions=millions,
+            score=f"{data.upper()} box AP {ap} (detectron2)",
         )
     for short, name in (("yolov8", "yolov8x"), ("groundingdino", "groundingdino-tiny"), ("vitdet", "vitdet-h-coco")):
         rows[short] = replace(rows[name], note=f"the same as {name}")

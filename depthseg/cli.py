@@ -483,8 +483,10 @@ def _listed() -> None:
             licence, _, remark = entry.licence.partition(": ")
             for text in filter(None, (remark, entry.note)):
                 remarks.setdefault(text, []).append(name)
-            rows.append([name, str(entry.input or ""), licence, weights.state(entry)])
-        table([title, "input", "licence", "weights"], rows)
+            size = f"{entry.millions:g} M" if entry.millions else ""
+            macs = f"{entry.gmacs:g} G" if entry.gmacs else ""
+            rows.append([name, str(entry.input or ""), size, macs, licence, weights.state(entry), entry.score])
+        table([title, "input", "parameters", "encoder MACs", "licence", "weights", "published score"], rows)
     for text, which in remarks.items():
         typer.echo(f"{', '.join(dict.fromkeys(which))}: {text}")
 

@@ -27,3 +27,9 @@ def test_the_meta_device_counts_what_a_real_pass_does():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.encode(torch.zeros(1, 3, row.input, row.input))
     assert bench.measure("nano")["macs"] == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", catalog.MODELS)
+def test_the_table_shows_what_is_counted(name):
+    got, row = bench.measure(name), catalog.MODELS[name]
+    assert round(got["params"] / 1e6, 1) == row.millions and got["macs"] / 1e9 == pytest.approx(row.gmacs, abs=0.011)

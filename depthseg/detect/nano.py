@@ -11,15 +11,11 @@ from depthseg.errors import DepthsegError
 from depthseg.plan import CONFIDENCE, MAX_BOXES
 from depthseg.schema import Boxes, Frame, Image
 
-SHARED = 0.5  # of the smaller box
+NMS = 0.4  # IoU
 
 
 class NanoBoxes:
-    """Our own network of models/boxes.py: boxes around whatever looks like an object. One label, 1.
-
-    The network is unsure and likes parts. So a box's score is the geometric mean of what the network says and of the box's size (the
-    root of its share of the picture), and a box is dropped when half of it, or of a better box, lies in the other: wholes win.
-    """
+    """The network of models/boxes.py: one label, 1; a score is the IoU with an object that the network expects of its box."""
 
     def __init__(
         self,
@@ -56,19 +52,13 @@ class NanoBoxes:
         return [self._kept(s.float(), b.float(), frame) for s, b, frame in zip(scores, boxes, frames)]
 
     def _kept(self, score: Any, xyxy: Any, frame: Frame) -> Boxes:
-        """Scores (N,) and boxes (N, 4) of the network's square -> the best boxes in original pixels, without their parts."""
+        """Scores (N,) and boxes (N, 4) of the network's square -> the best boxes in original pixels."""
+        from torchvision.ops import nms
+
         (h, w), (ih, iw) = frame.size, frame.inner
-        xyxy = np.clip(xyxy.cpu().numpy() * np.array([w / iw, h / ih] * 2), 0, (w, h, w, h))
-        area = (xyxy[:, 2:] - xyxy[:, :2]).clip(0).prod(1)
-        score = np.sqrt(score.cpu().numpy() * np.sqrt(area / (h * w)))
-        order = np.argsort(-score, kind="stable")
-        keep: list[int] = []
-        for at in order[score[order] >= self.confidence]:
-            low, high = np.maximum(xyxy[at, :2], xyxy[keep, :2]), np.minimum(xyxy[at, 2:], xyxy[keep, 2:])
-            shared = (high - low).clip(0).prod(1) / np.minimum(area[at], area[keep]).clip(1e-6)
-            if not (shared > SHARED).any():
-                keep.append(int(at))
-            if len(keep) == self.max_boxes:
-                break
-        names = {1: "object"}
-        return Boxes.best(xyxy[keep], score[keep], np.ones(len(keep)), names, frame.size, self.confidence, self.max_boxes)
+        xyxy = (xyxy * xyxy.new_tensor([w / iw, h / ih] * 2)).clamp(min=0).minimum(xyxy.new_tensor([w, h] * 2))
+        some = (score >= self.confidence) & (xyxy[:, 2:] > xyxy[:, :2]).all(1)  # those in the padding have become empty
+        xyxy, score = xyxy[some], score[some]
+        keep = nms(xyxy, score, NMS)[: self.max_boxes]
+        xyxy, score = xyxy[keep].cpu().numpy(), score[keep].cpu().numpy()
+        return Boxes.best(xyxy, score, np.ones(len(score)), {1: "object"}, frame.size, self.confidence, self.max_boxes)
