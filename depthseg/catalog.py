@@ -186,6 +186,22 @@ def _detectors() -> dict[str, Row]:
             f"{detect}.grounding:GroundingDino", hub=hub, input=800, licence="Apache-2.0", note=note, role="detector",
             millions=millions, score=score, revision=_REVISIONS.get(hub), megabytes=689 if name == "groundingdino-tiny" else 0,
         )  # fmt: skip
+    for size, config, release, score in (
+        ("swint", "GroundingDINO_SwinT_OGC", "v0.1.0-alpha/groundingdino_swint_ogc.pth", "COCO box AP 48.4, zero-shot (Grounding DINO)"),
+        ("swinb", "GroundingDINO_SwinB_cfg", "v0.1.0-alpha2/groundingdino_swinb_cogcoor.pth", ""),
+    ):
+        rows[f"groundingdino-{size}-original"] = Row(
+            f"{detect}.original:OriginalGroundingDino",
+            {"config": config, "words": "IDEA-Research/grounding-dino-tiny"},
+            file=release.rpartition("/")[2],
+            url=f"https://github.com/IDEA-Research/GroundingDINO/releases/download/{release}",
+            input=800,
+            licence="Apache-2.0",
+            note=f"{words}{seen if size == 'swinb' else ''}; needs the extra groundingdino",
+            role="detector",
+            millions=172.8 if size == "swint" else 0,
+            score=score,
+        )
     for (size, data, cascade), (path, millions, ap) in _VITDET.items():
         stem = "vitdet" if cascade else "vitdet-single"
         kind = "cascade_mask_rcnn" if cascade else "mask_rcnn"

@@ -21,10 +21,12 @@ from filelock import FileLock, Timeout
 from depthseg import catalog
 from depthseg.errors import DepthsegError
 
+HUB = "https://huggingface.co"
 PROBE_SECONDS = 2.0  # without a network the hub's own retries take from 23 s to six minutes
 READ_SECONDS = 60.0  # silence after which a download is given up
 HUB_NEEDED = ["config.json", "model.safetensors"]  # without these a repository's folder is no model
-HUB_FILES = [*HUB_NEEDED, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+HUB_FILES = [*HUB_NEEDED, "preprocessor_config.json", *TOKENIZER]
 CHUNK = 1 << 20
 NOTES = "pulled.json"  # in the cache: hash, size and source of each pulled file
 
@@ -87,6 +89,8 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
         return _from_hub(entry, name)
     if entry.url and entry.file:
         target = catalog.cache() / entry.file
+        if words := entry.args.get("words"):  # a detector that reads, with a tokenizer of its own
+            _snapshot(entry, name, words, TOKENIZER + ["config.json"])
         _download(entry, target, name, progress)
         _note(entry, target, entry.url)
         return target
@@ -98,14 +102,13 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     assert entry.hub
-    _probe(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", entry, name)
+    if entry.file is None:
+        return _snapshot(entry, name, entry.hub, HUB_FILES)
+    _probe(os.environ.get("HF_ENDPOINT") or HUB, entry, name)
     try:
-        if entry.file is None:
-            return Path(hub.snapshot_download(entry.hub, revision=entry.revision, allow_patterns=HUB_FILES))
         got = Path(hub.hf_hub_download(entry.hub, entry.inside or entry.file, revision=entry.revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _no(entry, name, f"{entry.hub} on the hub: {reason}") from error
+        raise _no(entry, name, f"{entry.hub} on the hub: {_first_line(error)}") from error
     _compare(entry, name, got.resolve(), entry.sha256 or _hubs_hash(got))
     target = catalog.cache() / entry.file
     with _complete(target) as part:
@@ -115,6 +118,21 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
             shutil.copyfile(got, part)
     _note(entry, target, f"{entry.hub}/{entry.inside or entry.file}")
     return target
+
+
+def _snapshot(entry: catalog.Row, name: str, repository: str, files: list[str]) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    _probe(os.environ.get("HF_ENDPOINT") or HUB, entry, name)
+    try:
+        return Path(hub.snapshot_download(repository, revision=entry.revision, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise _no(entry, name, f"{repository} on the hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _hubs_hash(file: Path) -> str | None:

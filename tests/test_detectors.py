@@ -1,6 +1,7 @@
 """The networks of others behind our contract: D-FINE, RT-DETRv2, Grounding DINO and ViTDet, tiny and random, and class names."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from depthseg.detect import BoxesFile, classes
 from depthseg.detect.classes import COCO, COCO_NAMES, choose, lvis, table, vocabulary, words
 from depthseg.detect.grounding import GroundingDino, _input, _size
 from depthseg.detect.hub import HubDetector
+from depthseg.detect.original import OriginalGroundingDino
 from depthseg.detect.vitdet import ViTDet
 from depthseg.errors import MISSING_PIECE, SOME_FAILED, USAGE, DepthsegError
 from depthseg.models.vitdet import Variant
@@ -158,13 +160,15 @@ def test_detect_needs_its_weights_and_a_detector_of_boxes(pictures, tmp_path, ca
 
 @pytest.fixture(scope="module", params=["GroundingDino", "MMGroundingDino"])
 def reader(request, tmp_path_factory):
-    """A tiny random reader with BERT's tokens for a few words; every other word becomes letters."""
+    """A tiny random reader with a few of BERT's tokens; words that it does not know become letters."""
     import transformers
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "cat", "dog", "hot", *letters, *(f"##{c}" for c in letters)]
+    known = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}  # BERT's, which networks know
+    known |= dict(enumerate(["cat", "dog", "hot", *letters, *(f"##{c}" for c in letters)], 200))
+    vocabulary = [known.get(i, f"[unused{i}]") for i in range(1030)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
     assert len(tokenizer) == len(vocabulary)
@@ -244,6 +248,105 @@ def test_the_input_is_that_of_transformers():
         expected = theirs(images=[PILImage.fromarray(item.pixels)], return_tensors="np")["pixel_values"][0]
         assert np.abs(_input(item, _size(*item.size)) - expected).max() < 1e-5
     assert _size(1, 1) == (800, 800) and _size(30, 6468) == (6, 1333) and _size(1, 6468) == (1, 1333)
+
+
+# ---- Grounding DINO by its authors ----
+
+RENAMED = [  # their name -> that of transformers 5
+    (r"^backbone\.0\.norm([123])\.", lambda m: f"model.backbone.conv_encoder.model.hidden_states_norms.stage{int(m[1]) + 1}."),
+    (r"^backbone\.0\.patch_embed\.proj", "model.backbone.conv_encoder.model.swin.embeddings.patch_embeddings.projection"),
+    (r"^backbone\.0\.patch_embed\.norm", "model.backbone.conv_encoder.model.swin.embeddings.norm"),
+    (r"^backbone\.0\.layers", "model.backbone.conv_encoder.model.swin.encoder.layers"),
+    (r"(swin.*)\.norm1\.", r"\1.layernorm_before."),
+    (r"(swin.*)\.norm2\.", r"\1.layernorm_after."),
+    (r"(swin.*)attn\.relative_position_bias_table", r"\1attention.relative_position_bias.relative_position_bias_table"),
+    (r"(swin.*)attn\.proj", r"\1attention.o_proj"),
+    (r"(swin.*)attn\.qkv", r"\1attention.{}_proj"),
+    (r"^input_proj\.", "model.input_proj_vision."),
+    (r"^bert\.", "model.text_backbone."),
+    (r"^feat_map\.", "model.text_projection."),
+    (r"^transformer\.(level_embed|enc_output)", r"model.\1"),
+    (r"^transformer\.tgt_embed", "model.query_position_embeddings"),
+    (r"^transformer\.enc_out_bbox_embed", "model.encoder_output_bbox_embed"),
+    (r"^transformer\.encoder\.layers\.(\d+)", r"model.encoder.layers.\1.deformable_layer"),
+    (r"^transformer\.encoder\.text_layers\.(\d+)", r"model.encoder.layers.\1.text_enhancer_layer"),
+    (r"^transformer\.encoder\.fusion_layers\.(\d+)", r"model.encoder.layers.\1.fusion_layer"),
+    (r"^transformer\.decoder\.norm", "model.decoder.layer_norm"),
+    (r"^transformer\.decoder\.ref_point_head", "model.decoder.reference_points_head"),
+    (r"^transformer\.decoder", "model.decoder"),
+    (r"\.linear([12])\.", r".fc\1."),
+    (r"(deformable_layer)\.norm1", r"\1.self_attn_layer_norm"),
+    (r"(deformable_layer)\.norm2", r"\1.final_layer_norm"),
+    (r"(text_enhancer_layer)\.norm1", r"\1.layer_norm_before"),
+    (r"(text_enhancer_layer)\.norm2", r"\1.layer_norm_after"),
+    (r"gamma_v$", "vision_param"),
+    (r"gamma_l$", "text_param"),
+    (r"(fusion_layer)\.layer_norm_v", r"\1.layer_norm_vision"),
+    (r"(fusion_layer)\.layer_norm_l", r"\1.layer_norm_text"),
+    (r"(fusion_layer\.attn\..*)(?<![a-z])v_proj", r"\1vision_proj"),
+    (r"(fusion_layer\.attn\..*)(?<![a-z])l_proj", r"\1text_proj"),
+    (r"(decoder\.layers\.\d+)\.cross_attn", r"\1.encoder_attn"),
+    (r"(decoder\.layers\.\d+)\.norm1", r"\1.encoder_attn_layer_norm"),
+    (r"(decoder\.layers\.\d+)\.ca_text", r"\1.encoder_attn_text"),
+    (r"(decoder\.layers\.\d+)\.catext_norm", r"\1.encoder_attn_text_layer_norm"),
+    (r"(decoder\.layers\.\d+)\.norm2", r"\1.self_attn_layer_norm"),
+    (r"(decoder\.layers\.\d+)\.norm3", r"\1.final_layer_norm"),
+    (r"\.in_proj_(weight|bias)", r".{}.\1"),
+]
+
+
+def translated(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    out = {}
+    for key, value in state.items():
+        if "relative_position_index" in key or ".pooler." in key:
+            continue
+        for pattern, name in RENAMED:
+            key = re.sub(pattern, name, key)
+        parts = ("q", "k", "v") if "swin" in key else ("query", "key", "value")
+        out |= {key.format(p): v for p, v in zip(parts, value.chunk(3), strict=True)} if "{}" in key else {key: value}
+    return out
+
+
+def test_the_authors_code_equals_transformers(reader, tmp_path, monkeypatch):
+    """The same random weights in both, from the file on: names, boxes, scores."""
+    theirs = pytest.importorskip("groundingdino.models.GroundingDINO.groundingdino", reason="needs the extra groundingdino")
+    import transformers
+
+    if reader.name.startswith("MM"):
+        pytest.skip("the authors have another model")
+    bert = {"vocab_size": len(transformers.AutoTokenizer.from_pretrained(reader)), "hidden_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+    size = {"enc_layers": 1, "dec_layers": 2, "num_queries": 10, "dim_feedforward": 16}  # 256 wide, as is written into their code
+    build = theirs.build_groundingdino
+    made = []
+    monkeypatch.setattr(theirs, "build_groundingdino", lambda settings: made.append(build(settings)) or made[-1])
+    torch.manual_seed(3)
+    torch.save({"model": {}}, tmp_path / "empty.pth")
+    arguments = {"confidence": 0.0, "max_boxes": 300, "classes": ["hot dog", "cat"]}
+    kind = {"config": "GroundingDINO_SwinT_OGC", "words": str(reader), "changes": size, "bert": bert}
+    before = vars(transformers.BertModel).copy(), theirs.get_tokenlizer
+    with pytest.raises(DepthsegError, match="does not fit GroundingDINO_SwinT_OGC"):
+        OriginalGroundingDino(tmp_path / "empty.pth", **arguments, **kind)
+    network = made[0]
+    for name, p in network.named_parameters():  # some start at 0, where a swapped weight would not show
+        torch.nn.init.normal_(p, std=0.1) if p.ndim < 2 or "sampling_offsets" in name else None
+    torch.save({"model": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "random.pth")
+    original = small(OriginalGroundingDino(tmp_path / "random.pth", **arguments, **kind), monkeypatch)
+    assert (vars(transformers.BertModel).copy(), theirs.get_tokenlizer) == before, "a patch was left behind"
+    config = transformers.GroundingDinoConfig(
+        text_config=transformers.BertConfig(**bert), encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        num_queries=10,
+    )  # fmt: skip
+    same = transformers.GroundingDinoForObjectDetection(config)
+    lacking, unknown = same.load_state_dict(translated(network.state_dict()), strict=False)
+    assert not unknown and {k.rpartition(".")[0] for k in lacking} <= {"model.backbone.conv_encoder.model.swin.layernorm"}  # unused
+    same.save_pretrained(tmp_path / "same")
+    transformers.AutoTokenizer.from_pretrained(reader).save_pretrained(tmp_path / "same")
+    for a, b in zip(original(IMAGES[:2]), GroundingDino(tmp_path / "same", **arguments)(IMAGES[:2]), strict=True):
+        assert len(a) == len(b) == 20
+        rows_a, rows_b = (np.column_stack([f.xyxy, 100 * f.score, 1000 * f.label]) for f in (a, b))  # equal scores may swap places
+        apart = np.abs(rows_a[:, None] - rows_b[None]).max(2)
+        assert apart.min(0).max() < 1e-3 and apart.min(1).max() < 1e-3
 
 
 # ---- ViTDet ----

@@ -31,7 +31,7 @@ FOREIGN = {  # third parties that each layer may use, beside the standard librar
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy"},
     "tensors": {"torch", "torchvision", "timm", "safetensors"},
-    "stages": {"filelock", "transformers", "ultralytics", "huggingface_hub"},
+    "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
     "verbs": set(),
     "edge": {"typer", "rich"},

@@ -39,17 +39,22 @@ class GroundingDino:
     ):
         if not classes:
             raise DepthsegError("Grounding DINO has to be told what to look for", 'Add --text "a cat . a dog ." or --classes coco.')
-        network = load("AutoModelForZeroShotObjectDetection", folder, ("grounding-dino", "mm-grounding-dino"))
+        network, self._tokenizer = self._open(Path(folder))
         import torch
-        from transformers import AutoTokenizer
 
         self.device = torch.device(device)
         self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.confidence, self.max_boxes = confidence, min(max_boxes, MOST)
         self._network = network.to(self.device)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._names = tables.vocabulary(classes)
         self._prompts = list(self._packed())
+
+    def _open(self, folder: Path) -> tuple[Any, Any]:
+        """The network, called like those of transformers, and the tokenizer."""
+        network = load("AutoModelForZeroShotObjectDetection", folder, ("grounding-dino", "mm-grounding-dino"))
+        from transformers import AutoTokenizer
+
+        return network, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def _packed(self) -> Iterator[Prompt]:
         """Prompts that together hold every phrase: [CLS] phrase . phrase . [SEP], as many as fit."""
