@@ -42,7 +42,7 @@ def _window(box: Array, size: tuple[int, int], whole: float, rng: np.random.Gene
     return left, top, int(min(w, left + side)), int(min(h, top + side))
 
 
-def _colour(x: Array, rng: np.random.Generator) -> Array:
+def colour(x: Array, rng: np.random.Generator) -> Array:
     """Gain, offset, contrast, saturation, colour cast; one in ten turns grey."""
     y = x.astype(np.float32)
     grey = y.mean(2, keepdims=True)
@@ -123,7 +123,7 @@ def view(
     if rng.random() < 0.5:
         pixels, found = pixels[:, ::-1], [m[:, ::-1] for m in found]
         relief = None if relief is None else relief[:, ::-1]
-    pixels = _colour(pixels, rng)
+    pixels = colour(pixels, rng)
     frame = Frame((pixels.shape[0], pixels.shape[1]), side)
     h, w = frame.inner
     targets, boxes, points, labels = [], [], [], []

@@ -65,13 +65,19 @@ def iou(a: Sequence[dict], b: Sequence[dict]) -> Array:
     return coco.iou(list(a), list(b), [0] * len(b))
 
 
+def _covered(a: Sequence[dict], b: Sequence[dict]) -> Array:
+    """How much of every mask of `a` lies in every mask of `b`, float64 (len(a), len(b))."""
+    if not len(a) or not len(b):
+        return np.zeros((len(a), len(b)))
+    return coco.iou(list(a), list(b), [1] * len(b))  # as for crowds: the intersection over the first mask's own area
+
+
 def outermost(rles: Sequence[dict], share: float = 0.8) -> Array:
     """Indices of the masks that are no part of another: not `share` of their pixels lie in one larger mask."""
     sizes = area(rles)
     if not len(sizes):
         return np.zeros(0, np.int64)
-    inside = coco.iou(list(rles), list(rles), [1] * len(rles))  # as for crowds: the intersection over the first mask's own area
-    return np.nonzero(~((inside > share) & (sizes[None] > sizes[:, None])).any(1))[0]
+    return np.nonzero(~((_covered(rles, rles) > share) & (sizes[None] > sizes[:, None])).any(1))[0]
 
 
 def stability(low: Array, offset: float = 1.0) -> Array:
@@ -84,10 +90,11 @@ def stability(low: Array, offset: float = 1.0) -> Array:
     return (inner / np.maximum(outer, 1)).astype(np.float32)
 
 
-def clean(mask: Array, min_region: int) -> Array:
+def clean(mask: Array, min_region: int, edges: bool = True) -> Array:
     """The bool mask (h, w) with holes filled, then islands dropped, that have under `min_region` pixels (8-connected).
 
-    SAM's rules: a small piece of background at the image's edge is a hole too; if all islands are small, the largest stays.
+    SAM's rules: a small piece of background at the image's edge is a hole too (unless `edges` is False); if all islands are small,
+    the largest stays.
     """
     if min_region <= 1 or not mask.any():
         return mask.copy()
@@ -97,7 +104,11 @@ def clean(mask: Array, min_region: int) -> Array:
     window = out[y, x]  # a view
 
     regions, sizes = _regions(~window)
-    window |= (sizes < min_region)[regions] & (regions > 0)
+    hole = sizes < min_region
+    hole[0] = False  # the mask itself
+    if not edges:
+        hole[np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])] = False
+    window |= hole[regions]
 
     regions, sizes = _regions(window)
     small = sizes < min_region
@@ -118,10 +129,11 @@ def _regions(mask: Array) -> tuple[Array, Array]:
     return regions, np.bincount(regions.ravel(), minlength=count + 1)
 
 
-def suppress(rles: Sequence[dict], scores: Array, threshold: float, boxes: Array | None = None) -> Array:
+def suppress(rles: Sequence[dict], scores: Array, threshold: float, boxes: Array | None = None, nested: bool = False) -> Array:
     """Positions that stay, best score first: a mask goes if its IoU with a better one that stays is above `threshold`.
 
     boxes: what `boxes(rles)` gives, if it is known already (the boxes of the masks, not of a detector).
+    nested: measure the overlap as a share of the smaller mask, so that parts and wholes exclude each other too.
     """
     box = np.asarray(_boxes(rles) if boxes is None else boxes, np.float64)
     size = area(rles)
@@ -133,8 +145,13 @@ def suppress(rles: Sequence[dict], scores: Array, threshold: float, boxes: Array
         # Pixels are compared only where boxes and areas leave room for so much overlap.
         sides = np.minimum(box[left, 2:], box[best, 2:]) - np.maximum(box[left, :2], box[best, :2])
         most = np.minimum(np.clip(sides, 0, None).prod(1), np.minimum(size[left], size[best]))
-        near = np.flatnonzero(most > threshold * (size[left] + size[best] - most) * (1 - 1e-9))  # 1e-9: rounding
-        overlap = iou([rles[i] for i in left[near]], [rles[best]])[:, 0]
+        whole = np.minimum(size[left], size[best]) if nested else size[left] + size[best] - most
+        near = np.flatnonzero(most > threshold * whole * (1 - 1e-9))  # 1e-9: rounding
+        some = [rles[i] for i in left[near]]
+        if nested:
+            overlap = _covered(some, [rles[best]])[:, 0] * size[left[near]] / np.maximum(whole[near], 1)
+        else:
+            overlap = iou(some, [rles[best]])[:, 0]
         left = np.delete(left, near[overlap > threshold])
     return np.array(kept, np.int64)
 

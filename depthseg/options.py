@@ -102,8 +102,14 @@ Classes = Annotated[
     ),
 ]
 PointsPerSide = Annotated[int, typer.Option(min=1, help="grid: points along each side.", rich_help_panel=PROMPTS)]
-MinPredictedIou = Annotated[float, typer.Option(min=0, max=1, help="grid: drop masks under this predicted IoU.", rich_help_panel=PROMPTS)]
-MinStability = Annotated[float, typer.Option(min=0, max=1, help="grid: drop masks under this stability.", rich_help_panel=PROMPTS)]
+MinPredictedIou = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="grid: drop masks under this predicted IoU, instead of the model's limit.", rich_help_panel=PROMPTS),
+]
+MinStability = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="grid: drop masks under this stability, instead of the model's limit.", rich_help_panel=PROMPTS),
+]
 Nms = Annotated[
     float,
     typer.Option(min=0, max=1, help="grid, nano: drop masks that overlap a better one by more (IoU).", rich_help_panel=PROMPTS),

@@ -39,8 +39,8 @@ class Plan:
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
     zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
     points_per_side: int = 16  # grid: points along each side of the image
-    min_predicted_iou: float = 0.7  # grid
-    min_stability: float = 0.85  # grid
+    min_predicted_iou: float | None = None  # grid; None: the model's own limit
+    min_stability: float | None = None  # likewise
     nms: float = 0.7  # grid and nano boxes: masks that overlap a better one by more are dropped
     min_region: int = 64  # grid: holes and islands under this many pixels are filled or dropped
     overlays: bool = True

@@ -229,7 +229,9 @@ class Segmenter:
         for (k, image), found in zip(images.items(), answers):
             with self._timed(spent, "masks"):
                 labels = self.source.categories(image) if isinstance(self.source, PointsFile) else None
-                result = _masks(found, asked[k], labels, self.plan.nms if self.detector in ("grid", "nano") else None)
+                result = _masks(
+                    found, asked[k], labels, self.plan.nms if self.detector in ("grid", "nano") else None, self.detector == "nano"
+                )
             out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
         share = {name: seconds / len(held) for name, seconds in spent.items()}
         yield from (replace(item, seconds=share) if isinstance(item, Record) else item for item in out if item)
@@ -283,6 +285,8 @@ class Segmenter:
         strict: drop answers below the plan's min_predicted_iou and min_stability, and clean small regions.
         """
         plan = self.plan
+        limits = (plan.min_predicted_iou, plan.min_stability)
+        least_iou, least_stability = (own if given is None else given for given, own in zip(limits, self.network.grid_limits))
         groups: dict[tuple[bool, bool], list[tuple[int, int]]] = {}  # (three candidates?, mask input?) -> view, row
         for v, p in enumerate(asked):
             for i in range(len(p)):
@@ -298,9 +302,12 @@ class Segmenter:
                         frame, view = encoded.frames[v], encoded.views[v]
                         h, w = frame.valid(len(logits))
                         stability = float(masks.stability(logits[None, :h, :w])[0])
-                        if strict and (iou < plan.min_predicted_iou or stability < plan.min_stability):
+                        if strict and (iou < least_iou or stability < least_stability):
                             continue
-                        mask = view.paste(frame.mask(logits))
+                        mask = frame.mask(logits)
+                        if self.network.specks:
+                            mask = masks.clean(mask, int(self.network.specks * np.count_nonzero(mask)), edges=False)
+                        mask = view.paste(mask)
                         mask = masks.clean(mask, plan.min_region) if strict else mask
                         answers[v].append(Answer(i, masks.encode(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
@@ -370,10 +377,10 @@ def _box(asked: Prompts, row: int) -> Array:
     return asked.points[row, first : first + 2].reshape(4)
 
 
-def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, nms: float | None) -> Masks:
+def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, nms: float | None, nested: bool) -> Masks:
     """The masks that are not empty, best score first; with `nms`, without those that overlap a better one by more.
 
-    labels: category id of each prompt (P,) where there are no boxes to say it.
+    labels: category id of each prompt (P,) where there are no boxes to say it. nested: as in masks.suppress.
     """
     area = masks.area([a.rle for a in answers])
     answers, area = [a for a, pixels in zip(answers, area) if pixels], area[area > 0]
@@ -386,7 +393,7 @@ def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, 
     else:
         score, label, names = ious, np.ones(len(ious), np.int64) if labels is None else labels[prompt], {1: "object"}
     result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names)
-    return result.keep(np.argsort(-score, kind="stable") if nms is None else masks.suppress(rle, score, nms))
+    return result.keep(np.argsort(-score, kind="stable") if nms is None else masks.suppress(rle, score, nms, nested=nested))
 
 
 def _one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthseg import losses, masks, sa1b
-from depthseg.augment import View, view
+from depthseg.augment import View, colour, view
 from depthseg.depth import DepthFolder
 from depthseg.models.boxes import STRIDES, BoxNet
 from depthseg.models.depthnet import DepthNet
@@ -268,15 +268,20 @@ class BoxData:
             share = rng.uniform(0.45, 1) if rng.random() < 0.7 else 1.0
             ch, cw = int(h * share), int(w * share)
             top, left = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
-            pixels = _jitter(sample.pixels[top : top + ch, left : left + cw], rng)
+            pixels = colour(sample.pixels[top : top + ch, left : left + cw], rng)
             b = masks.boxes([sample.rles[i] for i in masks.outermost(sample.rles)])
             seen = np.stack([b[:, 0].clip(left, left + cw), b[:, 1].clip(top, top + ch),
                              b[:, 2].clip(left, left + cw), b[:, 3].clip(top, top + ch)], 1)  # fmt: skip
             before, after = ((r[:, 2:] - r[:, :2]).prod(1) for r in (b, seen))
-            b = seen[after > 0.4 * before] - np.array([left, top, left, top], np.float32)
+            # what the crop cuts off is still an object if a good part of it, or a large piece, is seen
+            b = seen[(after > 0.3 * before) | (after > 0.1 * ch * cw)] - np.array([left, top, left, top], np.float32)
             if rng.random() < 0.5:
                 pixels = np.ascontiguousarray(pixels[:, ::-1])
                 b = np.stack([cw - b[:, 2], b[:, 1], cw - b[:, 0], b[:, 3]], 1)
+            if rng.random() < 0.5:  # wider or narrower than it was
+                stretch = rng.uniform(0.75, 1.33)
+                pixels = np.asarray(PILImage.fromarray(pixels).resize((round(cw * stretch), ch)))
+                b, cw = b * np.array([stretch, 1, stretch, 1], np.float32), round(cw * stretch)
             # sometimes shown smaller than the square, so that small objects occur
             frame = Frame((ch, cw), int(side * (rng.uniform(0.5, 1) if rng.random() < 0.3 else 1)))
             x = np.zeros((3, side, side), np.float32)

@@ -30,6 +30,8 @@ class Bright(nn.Module):
         super().__init__()
         self.encoded = 0
 
+    grid_limits, specks = (0.7, 0.85), 0.0
+
     def encode(self, rgb, depth=None):
         self.encoded += len(rgb)
         return (10 * nn.functional.avg_pool2d(rgb.mean(1, keepdim=True), 2),)

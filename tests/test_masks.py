@@ -113,24 +113,36 @@ def test_clean_by_hand():
     assert not masks.clean(np.zeros((4, 4), bool), 3).any()
 
 
-def suppress_by_pixels(stack, scores, threshold):
+def test_clean_may_leave_the_edge_alone():
+    m = np.ones((12, 12), bool)
+    m[:3, :3] = m[6, 6] = False  # a corner of 9 pixels and a hole of one
+    assert masks.clean(m, 10).all()
+    kept = masks.clean(m, 10, edges=False)
+    assert not kept[:3, :3].any() and kept.sum() == 144 - 9
+
+
+def suppress_by_pixels(stack, scores, threshold, nested):
+    def whole(a, b):
+        return min(a.sum(), b.sum()) if nested else (a | b).sum()
+
     kept = []
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
-        if all((stack[i] & stack[j]).sum() <= threshold * max(1, (stack[i] | stack[j]).sum()) for j in kept):
+        if all((stack[i] & stack[j]).sum() <= threshold * max(1, whole(stack[i], stack[j])) for j in kept):
             kept.append(i)
     return kept
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 0.7, 1.0])
-def test_suppress_equals_the_plain_way(threshold):
+def test_suppress_equals_the_plain_way(threshold, nested):
     stack = blobs(3, size=(24, 24), count=60)
     stack[10:20] = np.roll(stack[:10], 1, 2)  # near duplicates
     stack[20:25], stack[25] = stack[:5], False  # exact ones; an empty mask
     scores = np.random.default_rng(4).integers(0, 20, len(stack)) / 20  # with ties
     rles = [masks.encode(m) for m in stack]
-    kept = masks.suppress(rles, scores, threshold)
-    assert kept.tolist() == suppress_by_pixels(stack, scores, threshold)
-    assert masks.suppress(rles, scores, threshold, boxes=masks.boxes(rles)).tolist() == kept.tolist()
+    kept = masks.suppress(rles, scores, threshold, nested=nested)
+    assert kept.tolist() == suppress_by_pixels(stack, scores, threshold, nested)
+    assert masks.suppress(rles, scores, threshold, boxes=masks.boxes(rles), nested=nested).tolist() == kept.tolist()
 
 
 def test_suppress_keeps_what_lies_exactly_at_the_threshold():

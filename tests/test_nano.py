@@ -62,7 +62,7 @@ def test_a_box_around_a_person_gives_a_person_not_the_box(model: str, zoom: bool
     image = next(i for i in data.find(data.demo()) if "hopper" in i.key)
     image = data.read(image)
     h, w = image.size
-    box = np.array([[0.03 * w, 0.03 * h, w, h]], np.float32)  # she fills the picture
+    box = np.array([[0.06 * w, 0.06 * h, w, h]], np.float32)  # she fills the picture
     segmenter = Segmenter(Plan(model=model, zoom=zoom, device="cpu"), source=lambda images: [])
     (depth,) = segmenter.depths([image])
     (answers,) = segmenter.masks_for([View(image.pixels, depth, image.size)], [Prompts.of(boxes=box)])

@@ -25,6 +25,7 @@ class Bright(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.grid_limits, self.specks = (0.7, 0.85), 0.0
         self.calls = []  # what was asked for: ("encode", side, views) and ("decode", prompts, candidates)
 
     def encode(self, rgb, depth=None):

@@ -18,10 +18,7 @@ STRIDES = (8, 16, 32)
 
 
 def _block() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False),
-        nn.Conv2d(WIDTH, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.Hardswish(),
-    )  # fmt: skip
+    return nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH), nn.Hardswish())
 
 
 class BoxNet(nn.Module):

@@ -18,6 +18,8 @@ class DepthSeg(SamHead):
 
     side: native encoder input. alpha: learnable scalar, None without depth branch. single_mask_for: "never" (the official protocol:
     three masks, the best predicted IoU wins, for every prompt) or "unambiguous" (boxes and three or more clicks take token 0).
+    grid_limits: predicted IoU and stability under which everything mode drops a mask. specks: holes and islands of a mask under this
+    share of its area are filled or dropped.
     """
 
     def __init__(self, variant: str, depth: bool):
@@ -31,6 +33,8 @@ class DepthSeg(SamHead):
         self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box
         self.mask_stride = v.side // 256  # input pixels to one cell of the low-resolution masks
         self.single_mask_for = "unambiguous" if v.skips else "never"
+        self.grid_limits = (0.4, 0.4) if v.skips else (0.7, 0.85)  # nano is seldom sure of a mask from one click
+        self.specks = 0.05 if v.skips else 0.0
         self.image_encoder = ImageEncoder(variant)
         self.depth_encoder = ImageEncoder(variant) if depth else None
         # 0 computes exactly the RGB model; training starts elsewhere, since a branch behind 0 gets no gradient (see train.py)
