@@ -1,12 +1,23 @@
-"""What a segmentation network costs: parameters and the encoder's multiply-adds, counted without computing anything.
+"""What a run costs: parameters and multiply-adds, counted without computing anything, and the time of each stage, measured.
 
-Knows no images, no weights and no devices: networks are built on torch's `meta` device, where a forward pass only tracks shapes.
+Counting builds networks on torch's `meta` device, where a forward pass only tracks shapes, and needs no weights.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthseg import catalog
+from depthseg.data import Failure, read
+from depthseg.errors import DepthsegError
+from depthseg.plan import Plan
+from depthseg.schema import Boxes, Image
+from depthseg.segment import Segmenter
 
 # Published: millions of parameters of the whole model, billions of multiply-adds of the encoder at its native input.
 PAPER = {
@@ -28,3 +39,41 @@ def measure(name: str) -> dict[str, int]:
         with FlopCounterMode(display=False) as counter:
             network.encode(picture, picture if network.alpha is not None else None)
     return {"params": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+class Timing(NamedTuple):
+    """What `stages` measures."""
+
+    notes: list[str]  # what ran, for the user
+    alone: dict[str, float]  # stage -> median seconds for an image, images one by one
+    batched: dict[str, float]  # likewise by batch
+    pixels: float | None  # largest difference of a box between the two, None where no detector gives boxes
+    boxes: int  # that were compared
+
+
+def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[[int, int], None] = lambda done, total: None) -> Timing:
+    """Time the stages of a plan over the images, one by one and in batches of `plan.batch`, in turns; a first round is not counted.
+
+    The detector's boxes of the two ways are compared. Raises DepthsegError for an image that cannot be used.
+    """
+    images = [read(image) for image in images]
+    whole = Segmenter(plan)
+    single = Segmenter(replace(plan, batch=1), network=whole.network, source=whole.source, depth=whole.depth)
+    single.detector, single.zoom = whole.detector, whole.zoom
+    seconds: dict[int, list[dict[str, float]]] = {id(single): [], id(whole): []}
+    for turn in range(rounds + 1):
+        for k, segmenter in enumerate((single, whole)):
+            for record in segmenter.segment(images):
+                if isinstance(record, Failure):
+                    raise DepthsegError(f"{record.image.key} cannot be used ({record.reason})", "Leave it out.")
+                if turn:
+                    seconds[id(segmenter)].append(record.seconds)
+            progress(2 * turn + k + 1, 2 * (rounds + 1))
+    alone, batched = ({s: median(r[s] for r in rows) for s in rows[0]} for rows in seconds.values())
+    one_by_one = [whole.source([image])[0] for image in images]
+    together = [b for i in range(0, len(images), plan.batch) for b in whole.source(images[i : i + plan.batch])]
+    pairs = [(a, b) for a, b in zip(one_by_one, together, strict=True) if isinstance(a, Boxes) and isinstance(b, Boxes)]
+    if any(len(a) != len(b) for a, b in pairs):
+        return Timing(whole.notes, alone, batched, float("inf"), sum(len(a) for a, _ in pairs))
+    apart = [float(np.abs(a.xyxy - b.xyxy).max()) for a, b in pairs if len(a)]
+    return Timing(whole.notes, alone, batched, max(apart, default=0.0) if pairs else None, sum(len(a) for a, _ in pairs))

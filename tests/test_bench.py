@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from depthseg import bench, catalog
+from depthseg import bench, catalog, cli
 
 
 @pytest.mark.parametrize("name", bench.PAPER)
@@ -33,3 +33,17 @@ def test_the_meta_device_counts_what_a_real_pass_does():
 def test_the_table_shows_what_is_counted(name):
     got, row = bench.measure(name), catalog.MODELS[name]
     assert round(got["params"] / 1e6, 1) == row.millions and got["macs"] / 1e9 == pytest.approx(row.gmacs, abs=0.011)
+
+
+def test_stages_are_timed_and_boxes_compared(pictures, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(
+            ["bench", str(pictures), "--detector", "nano", "--rounds", "1", "--batch", "2", "--model", "nano-depth", "--device", "cpu"]
+        )
+    told = capsys.readouterr()
+    assert leaving.value.code == 0, told.err
+    rows = {line.split()[0]: line.split()[1:] for line in told.out.splitlines() if len(line.split()) == 3}
+    assert {"detect", "depth", "all"} <= set(rows) and all(float(v) >= 0 for row in rows.values() for v in row)
+    assert float(rows["all"][0]) == pytest.approx(sum(float(v[0]) for k, v in rows.items() if k != "all"), abs=1)
+    assert "boxes of the detector differ by at most" in told.out

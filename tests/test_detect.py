@@ -402,6 +402,15 @@ def test_a_fresh_process_is_left_alone(yolo_file, tmp_path):
     """ultralytics replaces functions of other packages, prints, writes to the home folder and runs what a checkpoint says."""
     torch.save({"model": Evil(tmp_path / "was-here")}, tmp_path / "evil.pt")
     code = f"""
+import sys
+seen = []
+watched = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+sys.addaudithook(lambda event, arguments: seen.append((event, arguments)) if event in watched else None)
+written = set()
+def opened(event, arguments):
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        written.add(str(arguments[0]))
+sys.addaudithook(opened)
 import PIL.Image, torch
 before = PIL.Image.open, torch.save, torch.get_num_threads()
 import numpy as np
@@ -414,6 +423,11 @@ except DepthsegError as e:
     assert "not a readable YOLO checkpoint" in e.message
 else:
     raise AssertionError
+seen = [s for s in seen if "ldconfig" not in str(s)]  # how Python's ctypes finds libraries
+assert not seen, seen
+ours = {str(tmp_path)!r}
+outside = [name for name in written if not name.startswith((ours, "/dev/", "/proc/", "/tmp/")) and not name.isdigit()]
+assert not [name for name in outside if not name.endswith(".pyc") and "__pycache__" not in name], outside
 """
     own = {**os.environ, "DEPTHSEG_WEIGHTS": str(tmp_path), "HOME": str(tmp_path / "home"), "YOLO_CONFIG_DIR": str(tmp_path / "x")}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=own)

@@ -37,7 +37,7 @@ FOREIGN = {  # third parties that each layer may use, beside the standard librar
     "edge": {"typer", "rich"},
 }
 HEAVY = ("torch", "numpy", "PIL", "transformers")
-VERBS = ("segment", "detect", "eval", "depth", "train", "models", "weights")
+VERBS = ("segment", "detect", "eval", "depth", "train", "bench", "models", "weights")
 
 
 def files():
