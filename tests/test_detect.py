@@ -350,6 +350,12 @@ def test_yolo_labels_are_coco_categories(yolo_file, tmp_path):
     plain, coco = (Yolo(p, confidence=0.001)([image()])[0] for p in (yolo_file, tmp_path / "coco.pt"))
     assert coco.label.tolist() == [COCO_IDS[i] for i in plain.label] and np.array_equal(coco.xyxy, plain.xyxy)
     assert coco.names == {COCO_IDS[i]: COCO_NAMES[i] for i in plain.names}
+    kept = int(coco.label[0])
+    (some,) = Yolo(tmp_path / "coco.pt", confidence=0.001, classes=[coco.names[kept]])([image()])
+    assert set(some.label.tolist()) == {kept} and len(some) >= (coco.label == kept).sum()
+    with pytest.raises(DepthsegError, match="knows no class 'catt'") as error:
+        Yolo(tmp_path / "coco.pt", classes=["catt"])
+    assert "cat" in error.value.hint
 
 
 def test_foreign_files_are_refused(yolo_file, tmp_path):
