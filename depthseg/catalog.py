@@ -31,6 +31,7 @@ class Row:
     licence: str = ""
     note: str = ""
     role: str = "model"  # a key of WAYS
+    confidence: float = 0.25  # of a detector: boxes under this score are dropped where the plan says nothing
     millions: float = 0  # parameters: counted by `depthseg models NAME`, or as the publisher says
     gmacs: float = 0  # multiply-adds of encoding one image, in billions, likewise
     score: str = ""  # published, and where
@@ -131,7 +132,13 @@ def _detectors() -> dict[str, Row]:
     detect = "depthseg.detect"
     rows = {
         "nano": Row(
-            f"{detect}.nano:NanoBoxes", file="nano/nano-boxes.safetensors", input=256, licence=_NANO, role="detector", millions=2.8
+            f"{detect}.nano:NanoBoxes",
+            file="nano/nano-boxes.safetensors",
+            input=256,
+            licence=_NANO,
+            role="detector",
+            confidence=0.3,
+            millions=2.8,
         ),
         "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector"),
     }

@@ -10,7 +10,7 @@ import typer
 
 from depthseg import catalog
 from depthseg.errors import DepthsegError
-from depthseg.plan import CONFIDENCE, MAX_BOXES, READER, Plan
+from depthseg.plan import MAX_BOXES, READER, Plan
 
 # help panels
 INPUT, PROMPTS, DEPTH, MODEL, OUTPUT, RUN = (
@@ -62,7 +62,7 @@ Confidence = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help=f"Drop boxes under this score; without it, {CONFIDENCE} for a detector and no box of --boxes.",
+        help="Drop boxes under this score; without it, 0.25 for a detector (0.3 for nano) and no box of --boxes.",
         rich_help_panel=PROMPTS,
         show_default=False,
     ),

@@ -13,8 +13,8 @@ from depthseg.errors import DepthsegError
 # Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
 _SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
 
-CONFIDENCE = 0.25  # of a detector, where the plan says nothing
-MAX_BOXES = 100  # likewise
+CONFIDENCE = 0.25  # of a detector that is built without a plan
+MAX_BOXES = 100  # of a detector, where the plan says nothing
 READER = "groundingdino-tiny"  # the detector that auto takes for text
 
 
@@ -35,7 +35,7 @@ class Plan:
     precision: str = "auto"  # fp32, bf16, fp16; auto = fp32 on the CPU, bf16 or fp16 on CUDA
     batch: int = 4  # images in one encoder call
     prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
-    confidence: float | None = None  # boxes under this score are dropped; None: CONFIDENCE for a detector, none of a file's
+    confidence: float | None = None  # boxes under this score are dropped; None: the detector's own limit, none of a file's
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
     zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
     points_per_side: int = 16  # grid: points along each side of the image

@@ -347,7 +347,7 @@ def test_detectors_get_their_defaults(monkeypatch, weights_cache):
     (weights_cache / "nano").mkdir(parents=True)
     (weights_cache / "nano" / "nano-boxes.safetensors").write_bytes(b"nano")
     given = [Segmenter(Plan(detector="nano", **limits), network=Bright()).source for limits in ({}, {"confidence": 0.0, "max_boxes": 3})]
-    assert given == [(0.25, 100), (0.0, 3)]
+    assert given == [(0.3, 100), (0.0, 3)]
 
 
 def test_only_slow_depth_is_cached_and_by_precision(monkeypatch, weights_cache):

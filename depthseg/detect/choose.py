@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from depthseg import catalog, prompts, weights
-from depthseg.plan import CONFIDENCE, MAX_BOXES, READER, Plan
+from depthseg.plan import MAX_BOXES, READER, Plan
 from depthseg.schema import Boxes, Image, Prompts
 
 Source = Callable[[list[Image]], Sequence[Boxes | Prompts]]  # what to ask about each image
@@ -35,7 +35,7 @@ def detector(plan: Plan, device: Any, precision: str, pull: bool, progress: Call
         return Chosen(name, lambda images: [prompts.grid(i.size, plan.points_per_side) for i in images], None, None, notes)
     own = plan.detector_weights
     path = Path(own) if own else weights.locate(entry, name, pull, progress)
-    least = CONFIDENCE if plan.confidence is None else plan.confidence
+    least = entry.confidence if plan.confidence is None else plan.confidence
     build = catalog.resolve(entry)
     source = build(path, device, precision, least, plan.max_boxes or MAX_BOXES, plan.wanted(), **entry.args)
     return Chosen(name, source, None if own else entry, path, notes)
