@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthseg import catalog
-from depthseg.data import Failure, read
+from depthseg.data import Failure, Unreadable, read
 from depthseg.errors import DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Boxes, Image
@@ -56,8 +56,12 @@ def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[
 
     The detector's boxes of the two ways are compared. Raises DepthsegError for an image that cannot be used.
     """
-    images = [read(image) for image in images]
+    try:
+        images = [read(image) for image in images]
+    except Unreadable as error:
+        raise DepthsegError(f"an image cannot be read ({error})", "Leave it out.") from error
     whole = Segmenter(plan)
+    whole.depth = getattr(whole.depth, "depth", whole.depth)  # the estimator itself, not what it said before
     single = Segmenter(replace(plan, batch=1), network=whole.network, source=whole.source, depth=whole.depth)
     single.detector, single.zoom = whole.detector, whole.zoom
     seconds: dict[int, list[dict[str, float]]] = {id(single): [], id(whole): []}
@@ -69,7 +73,8 @@ def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[
                 if turn:
                     seconds[id(segmenter)].append(record.seconds)
             progress(2 * turn + k + 1, 2 * (rounds + 1))
-    alone, batched = ({s: median(r[s] for r in rows) for s in rows[0]} for rows in seconds.values())
+    names = dict.fromkeys(s for rows in seconds.values() for r in rows for s in r)  # an image without prompts skips some
+    alone, batched = ({s: median(r.get(s, 0.0) for r in rows) for s in names} for rows in seconds.values())
     one_by_one = [whole.source([image])[0] for image in images]
     together = [b for i in range(0, len(images), plan.batch) for b in whole.source(images[i : i + plan.batch])]
     pairs = [(a, b) for a, b in zip(one_by_one, together, strict=True) if isinstance(a, Boxes) and isinstance(b, Boxes)]

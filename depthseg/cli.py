@@ -209,6 +209,8 @@ def detect(
     opt.check_names(plan)
     if detector == "grid":
         raise DepthsegError("the grid is made of points and finds no boxes", "Choose another --detector.")
+    if output.suffix != ".json" or output.is_dir():
+        raise DepthsegError(f"the output {output} is no name of a .json file", "Write it like -o boxes.json.")
     opt.check_detector(plan, pull)
     with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
         from depthseg import data

@@ -51,14 +51,21 @@ class Plan:
     def __post_init__(self) -> None:
         if self.boxes and self.points:
             raise DepthsegError("boxes and points are both given", "Give one of them.")
+        for name, given in (("text", self.text), ("classes", self.classes)):
+            if given is not None and not self.wanted():
+                raise DepthsegError(f"{name} names nothing to look for", "Write it like 'a cat . a dog .' or cat,dog, or leave it out.")
         if self.text and self.classes:
             raise DepthsegError("text and classes are both given", "Give one of them.")
         if (self.boxes or self.points) and (self.text or self.classes or self.detector_weights):
             raise DepthsegError("boxes or points leave the detector nothing to do", "Leave text, classes and detector weights out.")
+        if self.detector == "grid" and (self.text or self.classes or self.detector_weights):
+            raise DepthsegError("the grid looks for no classes and has no weights", "Leave text, classes and detector weights out.")
+        if self.detector == "auto" and self.detector_weights:
+            raise DepthsegError("detector weights were given without a detector", "Name it too, like --detector yolov8m.")
 
     def wanted(self) -> list[str]:
         """The phrases of `text`, or the names of `classes`."""
-        mark, given = (".", self.text) if self.text else (",", self.classes or "")
+        mark, given = (",", self.classes or "") if self.text is None else (".", self.text)
         return [name for part in given.split(mark) if (name := part.strip())]
 
     def to_json(self) -> dict:

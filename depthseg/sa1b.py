@@ -81,7 +81,7 @@ def _in_coco(path: Path) -> list[Entry]:
                 segmentations.setdefault(a["image_id"], []).append(a["segmentation"])
         names = {i["id"]: i["file_name"] for i in content["images"]}
         return [Entry(names[k], path.parent, path.name, segmentations=tuple(v)) for k, v in segmentations.items()]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DepthsegError(f"{path} is not a COCO instances file ({type(e).__name__}: {e})", "It needs images and annotations.") from e
 
 
@@ -135,7 +135,7 @@ def load(entry: Entry) -> Sample:
         if entry.segmentations is not None:
             return Sample(entry.key, pixels, [masks.of_coco(s, pixels.shape[:2]) for s in entry.segmentations])
         annotations = json.loads(_bytes(entry, ".json", entry.annotation))["annotations"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # pycocotools raises what it likes on a broken mask
         raise ValueError(f"{entry.key}: {e}") from e
     rles = [a["segmentation"] for a in annotations]
     if any(tuple(r["size"]) != pixels.shape[:2] for r in rles):

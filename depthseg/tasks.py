@@ -315,6 +315,7 @@ class BoxLoss(nn.Module):
         from torchvision.ops import generalized_box_iou_loss
 
         logits, boxes, cells = self.network.raw(batch["rgb"])
+        logits, boxes = logits.float(), boxes.float()  # they may come from autocast
         truth, owner = batch["boxes"], batch["owner"]
         centre, half = (truth[:, :2] + truth[:, 2:]) / 2, (truth[:, 2:] - truth[:, :2]) / 2
         longest = 2 * half.amax(1)

@@ -48,7 +48,7 @@ def state(entry: catalog.Row) -> str:
     return "--pull" if entry.hub or entry.url else "missing"
 
 
-def hub_folder(hub: str | None) -> Path | None:
+def hub_folder(hub: str | None, revision: str | None = None) -> Path | None:
     """The folder of a Hugging Face repository on this machine, if it holds a whole model. Asks no network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -56,7 +56,7 @@ def hub_folder(hub: str | None) -> Path | None:
     if hub is None:
         return None
     try:
-        found = [try_to_load_from_cache(hub, name) for name in HUB_NEEDED]
+        found = [try_to_load_from_cache(hub, name, revision=revision) for name in HUB_NEEDED]
     except HFValidationError:  # a path, or no name at all
         return None
     return Path(found[0]).parent if all(isinstance(f, str) and Path(f).is_file() for f in found) else None
@@ -64,7 +64,7 @@ def hub_folder(hub: str | None) -> Path | None:
 
 def find(entry: catalog.Row) -> Path | None:
     """Where this row's file lies, or the folder of its Hugging Face repository; None if it is not here. Asks no network."""
-    return catalog.find(entry) if entry.file else hub_folder(entry.hub)
+    return catalog.find(entry) if entry.file else hub_folder(entry.hub, entry.revision)
 
 
 def locate(entry: catalog.Row, name: str, fetch: bool, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -99,7 +99,6 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
 
 def _from_hub(entry: catalog.Row, name: str) -> Path:
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     assert entry.hub
     if entry.file is None:
@@ -107,7 +106,7 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
     _probe(os.environ.get("HF_ENDPOINT") or HUB, entry, name)
     try:
         got = Path(hub.hf_hub_download(entry.hub, entry.inside or entry.file, revision=entry.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # its HTTP client raises types of its own
         raise _no(entry, name, f"{entry.hub} on the hub: {_first_line(error)}") from error
     _compare(entry, name, got.resolve(), entry.sha256 or _hubs_hash(got))
     target = catalog.cache() / entry.file
@@ -122,12 +121,11 @@ def _from_hub(entry: catalog.Row, name: str) -> Path:
 
 def _snapshot(entry: catalog.Row, name: str, repository: str, files: list[str]) -> Path:
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     _probe(os.environ.get("HF_ENDPOINT") or HUB, entry, name)
     try:
         return Path(hub.snapshot_download(repository, revision=entry.revision, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # its HTTP client raises types of its own
         raise _no(entry, name, f"{repository} on the hub: {_first_line(error)}") from error
 
 
@@ -152,15 +150,36 @@ def _download(entry: catalog.Row, target: Path, name: str, progress: Callable[[i
     """Fetch `entry.url`, going on where an earlier attempt broke off if the server can, and if its file is still the same one."""
     assert entry.url
     _probe(entry.url, entry, name)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DepthsegError(f"cannot write to {target.parent} ({error.strerror})", "Set DEPTHSEG_WEIGHTS to another folder.") from None
     part = target.with_name(f".{target.name}.part")
     version = part.with_suffix(".version")  # the server's mark of the file that `part` is the beginning of
+    lock = FileLock(part.with_suffix(".lock"), timeout=0)
+    try:
+        with lock:
+            try:
+                _resume(entry, name, part, version, progress)
+                _compare(entry, name, part, entry.sha256)
+                part.replace(target)
+                version.unlink(missing_ok=True)
+            finally:  # while it is held, so that nobody else's is deleted
+                with contextlib.suppress(OSError):
+                    Path(lock.lock_file).unlink()
+    except Timeout:
+        raise _no(entry, name, f"{entry.url}: another process is fetching it") from None
+
+
+def _resume(entry: catalog.Row, name: str, part: Path, version: Path, progress: Callable[[int, int], None] | None) -> None:
+    """Fetch what `part` lacks of the file at `entry.url`."""
+    assert entry.url
     request = urllib.request.Request(entry.url)
     if (held := part.stat().st_size if part.exists() else 0) and version.exists():
         request.add_header("Range", f"bytes={held}-")
         request.add_header("If-Range", version.read_text())
     try:
-        with FileLock(part.with_suffix(".lock"), timeout=0), urllib.request.urlopen(request, timeout=READ_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=READ_SECONDS) as answer:
             if "text/html" in answer.headers.get("Content-Type", ""):  # a login or error page that calls itself a success
                 raise OSError("a web page came instead of the file")
             done = held if answer.status == 206 else 0
@@ -176,18 +195,12 @@ def _download(entry: catalog.Row, target: Path, name: str, progress: Callable[[i
                         progress(done, total)
             if total and done != total:  # read() ends quietly when the connection does
                 raise OSError(f"the download ended after {done} of {total} bytes; started again, it goes on there")
-            _compare(entry, name, part, entry.sha256)
-            part.replace(target)
-            version.unlink(missing_ok=True)
-    except Timeout:
-        raise _no(entry, name, f"{entry.url}: another process is fetching it") from None
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
-        if getattr(error, "code", None) == 416:  # nothing is left to ask for: what is here is no beginning of their file
+        if getattr(error, "code", None) == 416:  # nothing is left to ask for
+            if held and error.headers.get("Content-Range", "").endswith(f"/{held}"):  # type: ignore[union-attr]
+                return  # the whole was here already
             part.unlink(missing_ok=True)
         raise _no(entry, name, f"{entry.url}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.with_suffix(".lock").unlink()
 
 
 # ---- what is here, and whether it is sound ----
@@ -196,9 +209,11 @@ def _download(entry: catalog.Row, target: Path, name: str, progress: Callable[[i
 def _notes() -> dict[str, dict]:
     """What was written down about pulled files, by their path below the cache."""
     try:
-        return json.loads((catalog.cache() / NOTES).read_bytes())
+        table = json.loads((catalog.cache() / NOTES).read_bytes())
     except (OSError, ValueError):
         return {}
+    rows = table.items() if isinstance(table, dict) else ()
+    return {k: v for k, v in rows if isinstance(v, dict) and isinstance(v.get("sha256"), str)}
 
 
 def _note(entry: catalog.Row, file: Path, source: str) -> None:
@@ -240,10 +255,13 @@ def remove(entry: catalog.Row, name: str) -> int:
     if path and not path.is_dir() and path.is_relative_to(catalog.embedded()):
         raise DepthsegError(f"the weights of {name} are part of the package", "Uninstall depthseg to be rid of them.")
     freed = 0
-    if path and path.is_dir():
+    if entry.hub:
         import huggingface_hub
 
-        cache = huggingface_hub.scan_cache_dir()
+        try:
+            cache = huggingface_hub.scan_cache_dir()
+        except huggingface_hub.CacheNotFound:
+            cache = huggingface_hub.HFCacheInfo(0, frozenset(), [])
         plan = cache.delete_revisions(*(r.commit_hash for repo in cache.repos if repo.repo_id == entry.hub for r in repo.revisions))
         freed = plan.expected_freed_size
         plan.execute()

@@ -120,7 +120,16 @@ def test_options_reach_the_plan(run, fake, pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [["--boxes", "b.json", "--points", "b.json"], ["--text", "a", "--classes", "b"], ["--boxes", "b.json", "--classes", "cat"]],
+    [
+        ["--boxes", "b.json", "--points", "b.json"],
+        ["--text", "a", "--classes", "b"],
+        ["--boxes", "b.json", "--classes", "cat"],
+        ["--detector", "grid", "--classes", "cat"],
+        ["--detector-weights", "b.json"],
+        ["--classes", ""],
+        ["--classes", " , "],
+        ["--text", " . "],
+    ],
 )
 def test_options_that_exclude_each_other(run, pictures, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)

@@ -62,6 +62,7 @@ def test_classes_are_chosen_by_name_or_id():
     assert choose([], COCO, "it") is None
     assert choose(["Cat", "hot dog", "90"], COCO, "it") == [17, 58, 90]
     assert choose(["aerosol can"], lvis(), "it") == [1]
+    assert choose(["bow"], lvis(), "it") == [136, 137]  # the weapon and that of ribbons
     with pytest.raises(DepthsegError, match="it knows no class 'catt'") as error:
         choose(["catt"], COCO, "it")
     assert "cat" in error.value.hint
@@ -146,6 +147,15 @@ def test_detect_writes_what_boxes_reads(detr, pictures, tmp_path, capsys):
         assert len(a) == len(b) == 7 and np.abs(a.xyxy - b.xyxy).max() < 2e-3 and np.abs(a.score - b.score).max() < 1e-6
         assert np.array_equal(a.label, b.label) and set(a.names.items()) <= set(b.names.items())
     assert [p.name for p in out.parent.iterdir()] == ["boxes.json"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "folder"])
+def test_detect_writes_over_no_photograph(pictures, capsys, monkeypatch, name):
+    """As the shell makes it of `-o photos/*.jpg`."""
+    (pictures / "folder").mkdir()
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["detect", str(pictures), "-o", str(pictures / name), "--detector", "nano"])
+    assert leaving.value.code == USAGE and ".json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "code"), [("dfine-small", MISSING_PIECE), ("groundingdino", MISSING_PIECE), ("grid", USAGE)])
@@ -235,6 +245,12 @@ def test_more_phrases_than_a_prompt_holds_are_asked_in_several(reader, monkeypat
         GroundingDino(reader, classes=["cat " * 300])
     with pytest.raises(DepthsegError, match="no phrase that fits"):
         GroundingDino(reader, classes=["..."])
+    bare = reader.parent / f"{reader.name}-bare"
+    bare.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((reader / name).read_bytes())
+    with pytest.raises(DepthsegError, match="has no tokenizer"):
+        GroundingDino(bare, classes=["cat"])
     with pytest.raises(DepthsegError, match="told what to look for") as error:
         GroundingDino(reader)
     assert "--text" in error.value.hint

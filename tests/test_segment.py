@@ -360,7 +360,7 @@ def test_only_slow_depth_is_cached_and_by_precision(monkeypatch, weights_cache):
     network.alpha = torch.zeros(())
     nano = Segmenter(Plan(detector="grid"), network=network)
     assert nano.depth == "built" and any("depth: nano (embedded)" in note for note in nano.notes)
-    monkeypatch.setattr("depthseg.weights.hub_folder", lambda hub: weights_cache)
+    monkeypatch.setattr("depthseg.weights.hub_folder", lambda hub, revision: weights_cache)
     slow = [
         Segmenter(Plan(detector="grid", precision=p, depth="depth-anything-v2-small"), network=network).depth.name for p in ("fp32", "bf16")
     ]

@@ -234,3 +234,9 @@ def test_two_processes_train_one_model(root, tmp_path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (tmp_path / "out" / "weights.safetensors").exists(), done.stderr[-2000:]
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_proposer_trains_in_both_precisions(root, tmp_path, precision) -> None:
+    plan = _plan(root, tmp_path / "boxes", stage="boxes", precision=precision)
+    assert train(plan).is_file()

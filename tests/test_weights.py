@@ -35,6 +35,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         if wanted and self.headers.get("If-Range") == self.mark and self.path != "/rigid.pt":
             begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if begin == len(BODY):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(BODY)}")
+            self.end_headers()
+            return
         self.send_response(206 if begin else 200)
         if self.path != "/unsized.pt":
             self.send_header("Content-Length", str(len(BODY) - begin))
@@ -168,6 +173,44 @@ def test_a_repository_of_the_hub_is_compared_by_the_names_of_its_blobs(tmp_path,
     blob.write_bytes(BODY[1:])
     assert weights.verify(entry) == "damaged: model.safetensors"
     assert weights.remove(entry, "some") > 0 and weights.verify(entry) == "missing"
+
+
+def test_a_pinned_repository_is_found_by_its_commit(tmp_path, monkeypatch):
+    """The hub's client writes no reference for a commit, unlike for a branch."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--someone--some" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for name in weights.HUB_NEEDED:
+        (snapshot / name).write_text("{}")
+    assert weights.find(Row("", hub="someone/some", revision="a" * 40, role="detector")) == snapshot
+    assert weights.find(Row("", hub="someone/some", revision="b" * 40, role="detector")) is None
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '{"a": 1}', '{"sub/whole.pt": {}}', "no json"])
+def test_a_strange_table_of_hashes_is_no_reference(server, weights_cache, text):
+    entry = row(server, "whole.pt")
+    weights_cache.mkdir(parents=True)
+    (weights_cache / weights.NOTES).write_text(text)
+    weights.pull(entry, "thing")
+    assert weights.verify(entry) == "sound"
+
+
+def test_what_is_whole_already_is_not_fetched_again(server, weights_cache):
+    entry = row(server, "whole.pt")
+    (weights_cache / "sub").mkdir(parents=True)
+    (weights_cache / "sub" / ".whole.pt.part").write_bytes(BODY)  # stopped just before it got its name
+    (weights_cache / "sub" / ".whole.pt.version").write_text(Handler.mark)
+    told = []
+    assert weights.pull(entry, "thing", lambda *done: told.append(done)).read_bytes() == BODY and not told
+
+
+def test_a_cache_that_cannot_be_written(server, monkeypatch):
+    monkeypatch.setenv("DEPTHSEG_WEIGHTS", "/dev/null/x")
+    with pytest.raises(DepthsegError, match="cannot write") as error:
+        weights.pull(row(server, "whole.pt"), "thing")
+    assert "DEPTHSEG_WEIGHTS" in error.value.hint
 
 
 # ---- converting ----

@@ -54,20 +54,26 @@ def vocabulary(wanted: Sequence[str]) -> dict[int, str]:
     """What to look for, for a detector that reads: `coco` or `lvis` stand for all their categories, other phrases count from 1."""
     if len(wanted) == 1 and wanted[0].lower() in ("coco", "lvis"):
         return dict(COCO) if wanted[0].lower() == "coco" else lvis()
-    return dict(enumerate(dict.fromkeys(wanted), 1))
+    once: dict[str, str] = {}
+    for name in wanted:
+        once.setdefault(name.lower(), name)
+    return dict(enumerate(once.values(), 1))
 
 
 def choose(wanted: Sequence[str], known: Mapping[int, str], who: str) -> list[int] | None:
     """The ids of the classes that are wanted, by name or by id; None if all are. Unknown ones are refused with the nearest names."""
     if not wanted:
         return None
-    by_name = {form: i for i, name in reversed(list(known.items())) for form in (name.lower(), words(name))}
-    out = []
+    by_name: dict[str, list[int]] = {}  # LVIS has several kinds of bow and of fish
+    for i, name in known.items():
+        for form in {name.lower(), words(name)}:
+            by_name.setdefault(form, []).append(i)
+    out: list[int] = []
     for name in wanted:
-        found = by_name.get(name.lower(), int(name) if name.isdecimal() and int(name) in known else None)
-        if found is None:
+        found = by_name.get(name.lower(), [int(name)] if name.isdecimal() and int(name) in known else [])
+        if not found:
             near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(list(known.values())[:12])}, ..."
             raise DepthsegError(f"{who} knows no class '{name}'", hint)
-        out.append(found)
+        out += found
     return out

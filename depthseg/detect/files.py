@@ -165,7 +165,9 @@ class BoxesFile:
         listed: Any = whole.get("annotations", content)
         self.confidence, self.max_boxes = -math.inf if confidence is None else confidence, max_boxes
         self._entries = entries = _Entries(Path(path), listed, tables.get("images"))
-        self._names = {e["category_id"]: str(e["category_name"]) for e in listed if "category_name" in e and "category_id" in e}
+        self._names = {
+            e["category_id"]: str(e["category_name"]) for e in listed if "category_name" in e and type(e.get("category_id")) is int
+        }
         self._names |= _category_names(Path(path), whole.get("categories") or tables.get("categories"))
         self._xyxy = np.zeros((len(listed), 4))
         self._score = np.ones(len(listed), np.float32)

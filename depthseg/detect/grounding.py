@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from depthseg.detect import classes as tables
 from depthseg.detect.hub import load
-from depthseg.errors import DepthsegError
+from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.plan import CONFIDENCE, MAX_BOXES
 from depthseg.schema import Array, Boxes, Image
 
@@ -54,12 +54,16 @@ class GroundingDino:
         network = load("AutoModelForZeroShotObjectDetection", folder, ("grounding-dino", "mm-grounding-dino"))
         from transformers import AutoTokenizer
 
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+            raise DepthsegError(f"{folder} has no tokenizer", "It needs tokenizer.json, or vocab.txt, beside the weights.", MISSING_PIECE)
         return network, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def _packed(self) -> Iterator[Prompt]:
         """Prompts that together hold every phrase: [CLS] phrase . phrase . [SEP], as many as fit."""
         t = self._tokenizer
         start, stop, end = t.cls_token_id, t.convert_tokens_to_ids("."), t.sep_token_id
+        if stop == t.unk_token_id:  # transformers makes one of five tokens where it finds no vocabulary
+            raise DepthsegError("the tokenizer knows no words", "Its vocabulary is missing: fetch it again.", MISSING_PIECE)
         ids: list[int] = [start]
         spans: list[tuple[int, slice]] = []
         for category, name in self._names.items():

@@ -67,6 +67,7 @@ class HubDetector:
         self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.confidence, self.max_boxes = confidence, max_boxes
         self._network = network.to(self.device)
+        catalog.there(Path(folder) / "preprocessor_config.json", Path(folder).name, "detector")
         self._processor = RTDetrImageProcessorPil.from_pretrained(folder, local_files_only=True)
         names = network.config.id2label
         self._names = tables.table([names[i] for i in sorted(names)])

@@ -37,7 +37,8 @@ class ViTDet:
         path = catalog.there(path, "ViTDet", "detector")
         known = tables.lvis() if data == "lvis" else tables.COCO
         self._ids, self._names = np.array(list(known)), known
-        self._only = tables.choose(classes, known, "ViTDet")
+        chosen = tables.choose(classes, known, "ViTDet")
+        self._only = None if chosen is None else [list(known).index(i) for i in chosen]
         import torch
 
         from depthseg.models.vitdet import ViTDet as Network
@@ -57,7 +58,7 @@ class ViTDet:
         half = self.precision != torch.float32
         least = min(self.confidence, self._network.least)
         with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
-            answers = self._network(x, sizes, least=least)
+            answers = self._network(x, sizes, least=least, most=max(self.max_boxes, self._network.most), only=self._only)
         found = [tuple(t.cpu().numpy() for t in answer) for answer in answers]
         return [self._boxes(*arrays, image, size) for arrays, image, size in zip(found, images, sizes)]  # type: ignore[call-arg]
 
@@ -77,9 +78,6 @@ class ViTDet:
 
     def _boxes(self, xyxy: Array, score: Array, index: Array, image: Image, inner: tuple[int, int]) -> Boxes:
         label = self._ids[index]
-        if self._only is not None:
-            keep = np.isin(label, self._only)
-            xyxy, score, label = xyxy[keep], score[keep], label[keep]
         (h, w), (ih, iw) = image.size, inner
         scaled = xyxy * np.array([w / iw, h / ih] * 2)
         return Boxes.best(scaled, score, label, self._names, image.size, self.confidence, self.max_boxes)

@@ -3,6 +3,7 @@ difference. No file is ever allowed to run code.
 """
 
 import pickle
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,32 +15,52 @@ from torch import Tensor, nn
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.formats import atomic
 
-_OF_ARRAYS = frozenset(
-    [
-        ("numpy.core.multiarray", "_reconstruct"),  # before NumPy 2
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),  # how Python 3 pickles bytes for Python 2
-        ("collections", "OrderedDict"),
-    ]
-)
+
+class _Dtype:
+    """Stands for numpy.dtype in a pickle: plain numbers only, since an array of objects would be made of the file's own pointers."""
+
+    def __init__(self, code: str, *_: Any):
+        if not re.fullmatch(r"[<>=|]?[biuf]\d{1,2}", code):
+            raise pickle.UnpicklingError(f"it holds an array of kind {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy.ndarray: its pixels are copied from the file's bytes, which must be as many as it says."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, fortran, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data
+        self.value = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C").astype(kind.dtype.newbyteorder("="))
+
+
+_STANDINS = {
+    ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),  # before NumPy 2
+    ("numpy._core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
+    ("numpy", "ndarray"): "the first argument above",  # cannot be called
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): lambda text, how: text.encode("latin1"),  # how Python 3 pickles bytes for Python 2
+    ("collections", "OrderedDict"): dict,
+}
 
 
 class _Arrays(pickle.Unpickler):
-    """Admits NumPy arrays in plain containers and nothing else, above all no function that a file may want to be called."""
+    """Admits arrays of numbers in plain containers and nothing else. Nothing that the file names is ever looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _OF_ARRAYS:
+        if (module, name) not in _STANDINS:
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return _STANDINS[module, name]
 
 
 def _pickled(file: IO[bytes]) -> dict[str, Tensor]:
     """The arrays of a detectron2 file: {"model": {name: array}, "__author__": ...}."""
     content = _Arrays(file, encoding="latin1").load()
     table = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
-    return {k: torch.from_numpy(np.array(v)) if isinstance(v, np.ndarray) else v for k, v in table.items()}
+    return {k: torch.from_numpy(v.value) if isinstance(v, _Array) else v for k, v in table.items()}
 
 
 def _from_file(path: Path) -> Any:
@@ -52,7 +73,7 @@ def _from_file(path: Path) -> Any:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: safetensors, a torch file holding them flat or under `state_dict`, or detectron2's .pkl.
+    """The tensors of a checkpoint by name: safetensors, a torch file (flat, or under `state_dict` or `model`), or a .pkl.
 
     Never executes code from the file. Raises DepthsegError when there is no such file or it is no checkpoint.
     """
@@ -63,8 +84,9 @@ def read(path: Path) -> dict[str, Tensor]:
     except Exception as e:  # on foreign bytes the readers raise anything from struct.error to IndexError: all mean the same
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise DepthsegError(f"{path} is not a readable checkpoint ({reason})", "The file may be cut off: fetch it again.") from e
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for wrapping in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
+            state = state[wrapping]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise DepthsegError(f"{path} holds no plain table of weights", "Expected an EfficientViT-SAM or depthseg checkpoint.")
     return state

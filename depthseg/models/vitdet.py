@@ -147,11 +147,11 @@ def _pool(maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
     owner = torch.cat([flat.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
     area = (flat[:, 2:] - flat[:, :2]).prod(1)
     level = (4 + torch.log2(area.sqrt() / 224 + 1e-8)).floor().clamp(2, 5) - 2
-    out = maps[0].new_zeros(len(flat), WIDTH, POOLED, POOLED)
+    out = maps[0].new_zeros(len(flat), WIDTH, POOLED, POOLED, dtype=torch.float32)
     for k, stride in enumerate(STRIDES[:-1]):
         mine = (level == k).nonzero()[:, 0]
-        rois = torch.cat([owner[mine], flat[mine]], 1).to(maps[k].dtype)
-        out[mine] = roi_align(maps[k], rois, POOLED, 1 / stride, sampling_ratio=0, aligned=True)
+        rois = torch.cat([owner[mine], flat[mine]], 1)  # in half precision they would be off by pixels
+        out[mine] = roi_align(maps[k].float(), rois, POOLED, 1 / stride, sampling_ratio=0, aligned=True)
     return out
 
 
@@ -233,16 +233,26 @@ class ViTDet(nn.Module):
         self.roi_heads = RoiHeads(classes, cascade, sigmoid)
 
     def forward(
-        self, x: Tensor, sizes: list[tuple[int, int]], least: float | None = None, nms: float = 0.5, most: int | None = None
+        self,
+        x: Tensor,
+        sizes: list[tuple[int, int]],
+        least: float | None = None,
+        nms: float = 0.5,
+        most: int | None = None,
+        only: list[int] | None = None,
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Boxes (n, 4) in input pixels, scores (n,), best first, and class indices (n,) for each image.
 
         sizes: (h, w) of each image in the input. least, most: scores above this, and at most so many; by default the data set's.
+        only: class indices to look for.
         """
         maps = self.backbone(x)
         proposals = self.proposal_generator(maps, sizes)
         answers = self.roi_heads(maps, proposals, sizes)
-        return [self._best(s, b, self.least if least is None else least, nms, most or self.most) for s, b in answers]
+        if only is not None:
+            answers = [(s[:, only], b if b.ndim == 2 else b[:, only]) for s, b in answers]
+        found = [self._best(s, b, self.least if least is None else least, nms, most or self.most) for s, b in answers]
+        return found if only is None else [(b, s, torch.as_tensor(only, device=c.device)[c]) for b, s, c in found]
 
     @staticmethod
     def _best(scores: Tensor, boxes: Tensor, least: float, nms: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
