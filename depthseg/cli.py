@@ -252,6 +252,9 @@ def evaluate(
     clicks: Annotated[str, typer.Option(help="point: score after so many clicks.", rich_help_panel=PROMPTS)] = "1,3,5",
     subset: Annotated[int | None, typer.Option(min=1, help="Score only the first N images.", rich_help_panel=INPUT, metavar="N")] = None,
     detector: opt.DetectorName = Plan.detector,
+    detector_weights: opt.DetectorWeights = Plan.detector_weights,
+    text: opt.Text = Plan.text,
+    classes: opt.Classes = Plan.classes,
     confidence: opt.Confidence = Plan.confidence,
     depth: opt.DepthName = Plan.depth,
     model: opt.ModelName = Plan.model,
@@ -269,7 +272,10 @@ def evaluate(
     [bold]depthseg eval --images val/ --annotations instances_val.json[/bold]\n
     [bold]depthseg eval --images val/ --annotations instances_val.json --prompt point --clicks 1,3,5 -o report[/bold]
     """
-    plan = Plan(model=model, weights=weights, depth=depth, zoom=zoom, device=device, batch=batch, detector=detector, confidence=confidence)
+    plan = Plan(
+        model=model, weights=weights, depth=depth, zoom=zoom, device=device, batch=batch, confidence=confidence,
+        detector=detector, detector_weights=detector_weights, text=text, classes=classes,
+    )  # fmt: skip
     opt.check_names(plan)
     try:
         counts = tuple(int(n) for n in clicks.split(","))

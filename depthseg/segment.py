@@ -126,7 +126,8 @@ class Segmenter:
 
     def _chosen(self, role: str, name: str, entry: catalog.Row | None = None, path: Path | None = None) -> None:
         """Record a choice and, with its row, the terms of its weights."""
-        file = {"file": path.name, "sha256": weights.sha256(path)} if path and path.is_file() else {}
+        of = path / "model.safetensors" if path and path.is_dir() else path
+        file = {"file": of.name, "sha256": weights.sha256(of)} if of and of.is_file() else {}
         about = {k: v for k, v in (("hub", entry.hub), ("licence", entry.licence)) if v} if entry else {}
         self.provenance[role] = {"name": name, **file, **about}
         if entry:

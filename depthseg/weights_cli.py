@@ -11,7 +11,7 @@ from depthseg import catalog
 from depthseg import options as opt
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.options import MODEL, OUTPUT
-from depthseg.terminal import downloads, interruptible, say, table
+from depthseg.terminal import downloads, interruptible, say, table, take
 
 app = typer.Typer(help="Weights on this machine: list, pull, verify, find, convert, remove.", no_args_is_help=True)
 Names = Annotated[list[str], typer.Argument(help="Names from `depthseg weights list`.", show_default=False)]
@@ -109,8 +109,11 @@ def weights_convert(
     [bold]depthseg weights convert efficientvit_sam_l2.pt -o start.safetensors --model efficientvit-sam-l2-depth[/bold]
     """
     catalog.pullable(model)
-    if output.suffix != ".safetensors":
-        raise DepthsegError(f"{output} does not end in .safetensors", "Name the output so.")
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise DepthsegError(f"{output} is no name of a .safetensors file", "Write it like -o start.safetensors.")
+    if output.with_suffix(".md").exists():
+        raise DepthsegError(f"{output.with_suffix('.md')} is there already", "The card would take its place: choose another name.")
+    take(output.parent)
     from depthseg.weights import convert
 
     for heading, text in convert(source, output, model, half).items():

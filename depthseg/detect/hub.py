@@ -26,7 +26,10 @@ def load(build: str, folder: str | Path, types: Sequence[str]) -> Any:
     try:
         found = json.loads((folder / "config.json").read_bytes())["model_type"]
     except (ValueError, TypeError, KeyError) as e:
-        raise DepthsegError(f"{folder / 'config.json'} is not the config of a model", "Fetch it again with --pull.") from e
+        raise DepthsegError(
+            f"{folder / 'config.json'} is not the config of a model",
+            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
+        ) from e
     if found not in types:
         raise DepthsegError(f"{folder} holds a model of type {found}, not {' or '.join(types)}", "See `depthseg models`.")
     import torch
@@ -38,9 +41,15 @@ def load(build: str, folder: str | Path, types: Sequence[str]) -> Any:
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as e:  # a cut-off file, or tensors of other shapes
-        raise DepthsegError(f"{folder} cannot be loaded ({str(e).strip()[:120]})", "Fetch it again with --pull.") from e
+        raise DepthsegError(
+            f"{folder} cannot be loaded ({str(e).strip()[:120]})",
+            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
+        ) from e
     if info["missing_keys"]:
-        raise DepthsegError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}", "Fetch it again with --pull.")
+        raise DepthsegError(
+            f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}",
+            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
+        )
     return network.eval()
 
 

@@ -76,7 +76,8 @@ class OriginalGroundingDino(GroundingDino):
             lacking, unknown = network.load_state_dict(state, strict=False)
         except Exception as e:  # a foreign pickle, or tensors of other shapes
             raise DepthsegError(
-                f"{folder} is no checkpoint of Grounding DINO ({str(e).strip()[:120]})", "Fetch it again with --pull."
+                f"{folder} is no checkpoint of Grounding DINO ({str(e).strip()[:120]})",
+                "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
             ) from e
         expected = ("relative_position_index", "position_ids", "label_enc.")  # computed, or of the training only
         if bad := [k for k in (*lacking, *unknown) if not any(part in k for part in expected)]:

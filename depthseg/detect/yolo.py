@@ -66,7 +66,10 @@ class Yolo:
             self._names = {int(i): str(name) for i, name in self._model.names.items()}
         except Exception as e:  # whatever unpickling a foreign file may raise
             reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise DepthsegError(f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})", "Fetch it again with --pull.") from e
+            raise DepthsegError(
+                f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})",
+                "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
+            ) from e
         if self._model.task not in ("detect", "segment"):
             raise DepthsegError(f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model.")
         count = max(self._names, default=-1) + 1
