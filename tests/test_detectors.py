@@ -158,7 +158,9 @@ def test_detect_writes_over_no_photograph(pictures, capsys, monkeypatch, name):
     assert leaving.value.code == USAGE and ".json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "code"), [("dfine-small", MISSING_PIECE), ("groundingdino", MISSING_PIECE), ("grid", USAGE)])
+@pytest.mark.parametrize(
+    ("option", "code"), [("dfine-small", MISSING_PIECE), ("vitdet", MISSING_PIECE), ("groundingdino", USAGE), ("grid", USAGE)]
+)
 def test_detect_needs_its_weights_and_a_detector_of_boxes(pictures, tmp_path, capsys, option, code):
     with pytest.raises(SystemExit) as leaving:
         cli.main(["detect", str(pictures), "-o", str(tmp_path / "b.json"), "--detector", option])
