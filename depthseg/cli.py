@@ -558,7 +558,8 @@ def main(argv: list[str] | None = None) -> None:
         caught, code = error, getattr(error, "exit_code", 1)
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
             verb = f" {argv[0]}" if argv[0] in _verbs() else ""
-            _explain("error", error.format_message(), f"depthseg{verb} --help lists what there is.")
+            if message := error.format_message():  # empty where a group of commands has printed its help instead
+                _explain("error", message, f"depthseg{verb} --help lists what there is.")
         else:
             _explain("unexpected error", f"{type(error).__name__}: {error}", "Add --debug to see the traceback.")
     if "--debug" in argv:

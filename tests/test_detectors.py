@@ -55,7 +55,7 @@ def test_class_tables():
     assert table([voc.get(n, n) for n in COCO_NAMES]) == COCO == table(COCO_NAMES)  # as RT-DETR's config spells them
     assert table(["a", "b"]) == {0: "a", 1: "b"} and table(list(lvis().values())) == lvis()
     assert vocabulary(["coco"]) == COCO and vocabulary(["LVIS"]) == lvis() and vocabulary(["cat", "a dog", "cat"]) == {1: "cat", 2: "a dog"}
-    assert words("bow_(decorative_ribbons)") == "bow" and words("A/C  unit?") == "a c unit"
+    assert words("bow_(decorative_ribbons)") == "bow" and words("A/C  unit?") == "a c unit" and words("a (red) car") == "a (red) car"
 
 
 def test_classes_are_chosen_by_name_or_id():

@@ -4,6 +4,7 @@ An id is the data set's own category id, as its annotation files and result file
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,8 +46,8 @@ def table(names: Sequence[str]) -> dict[int, str]:
 
 
 def words(name: str) -> str:
-    """A class name as one says it: lower case, without _ and notes in brackets, without the marks that end a phrase."""
-    plain = name.lower().partition("(")[0].replace("_", " ")
+    """A class name as one says it: lower case, without _ and a note in brackets at its end, without the marks that end a phrase."""
+    plain = re.sub(r"\([^()]*\)$", "", name.lower().strip()).replace("_", " ")
     return " ".join(plain.translate({ord(c): " " for c in ".?/"}).split())
 
 
