@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from depthseg import catalog
 from depthseg.data import Failure, Unreadable, read
+from depthseg.depth import Cached
 from depthseg.errors import DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Boxes, Image
@@ -61,7 +62,8 @@ def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[
     except Unreadable as error:
         raise DepthsegError(f"an image cannot be read ({error})", "Leave it out.") from error
     whole = Segmenter(plan)
-    whole.depth = getattr(whole.depth, "depth", whole.depth)  # the estimator itself, not what it said before
+    if isinstance(whole.depth, Cached):
+        whole.depth = whole.depth.depth  # the estimator itself, not what it said before
     single = Segmenter(replace(plan, batch=1), network=whole.network, source=whole.source, depth=whole.depth)
     single.detector, single.zoom = whole.detector, whole.zoom
     seconds: dict[int, list[dict[str, float]]] = {id(single): [], id(whole): []}

@@ -31,6 +31,8 @@ class Row:
     licence: str = ""
     note: str = ""
     role: str = "model"  # a key of WAYS
+    reads: bool = False  # a detector that has to be told in words what to look for
+    overlap: str = ""  # how masks of its prompts exclude each other: by IoU, or by the share of the smaller one, or not
     confidence: float = 0.25  # of a detector: boxes under this score are dropped where the plan says nothing
     millions: float = 0  # parameters: counted by `depthseg models NAME`, or as the publisher says
     gmacs: float = 0  # multiply-adds of encoding one image, in billions, likewise
@@ -125,9 +127,6 @@ _VITDET = {  # size, data, cascade -> run and file and box AP as detectron2's pr
 }
 
 
-_REVISIONS = {"IDEA-Research/grounding-dino-tiny": "a2bb814dd30d776dcf7e30523b00659f4f141c71"}
-
-
 def _detectors() -> dict[str, Row]:
     detect = "depthseg.detect"
     rows = {
@@ -137,10 +136,11 @@ def _detectors() -> dict[str, Row]:
             input=256,
             licence=_NANO,
             role="detector",
+            overlap="share",
             confidence=0.3,
             millions=2.8,
         ),
-        "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector"),
+        "grid": Row("depthseg.prompts:grid", note="everything mode: a grid of points, no boxes", role="detector", overlap="iou"),
     }
     for size, millions, ap in (("n", 3.2, 37.3), ("s", 11.2, 44.9), ("m", 25.9, 50.2), ("l", 43.7, 52.9), ("x", 68.2, 53.9)):
         rows[f"yolov8{size}"] = Row(
@@ -182,31 +182,34 @@ def _detectors() -> dict[str, Row]:
         )
     words = "finds what --text or --classes names"
     seen = "; trained on COCO too, so its COCO numbers are not zero-shot"
-    for name, hub, note, millions, score in (
-        ("groundingdino-tiny", "IDEA-Research/grounding-dino-tiny", words, 172.3, "COCO box AP 48.4, zero-shot (Grounding DINO)"),
-        ("groundingdino-base", "IDEA-Research/grounding-dino-base", words + seen, 232.3, ""),
-        ("mm-groundingdino-tiny", "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det", words, 0,
-         "COCO box AP 50.6, LVIS 31.9, both zero-shot (MM-Grounding-DINO)"),
-        ("mm-groundingdino-base", "openmmlab-community/mm_grounding_dino_base_o365v1_goldg_v3det", words, 0, ""),
-    ):  # fmt: skip
-        rows[name] = Row(
-            f"{detect}.grounding:GroundingDino", hub=hub, input=800, licence="Apache-2.0", note=note, role="detector",
-            millions=millions, score=score, revision=_REVISIONS.get(hub), megabytes=689 if name == "groundingdino-tiny" else 0,
-        )  # fmt: skip
-    for size, config, release, score in (
-        ("swint", "GroundingDINO_SwinT_OGC", "v0.1.0-alpha/groundingdino_swint_ogc.pth", "COCO box AP 48.4, zero-shot (Grounding DINO)"),
-        ("swinb", "GroundingDINO_SwinB_cfg", "v0.1.0-alpha2/groundingdino_swinb_cogcoor.pth", ""),
+    reader = Row(f"{detect}.grounding:GroundingDino", input=800, licence="Apache-2.0", role="detector", reads=True)
+    zero_shot = "COCO box AP 48.4, zero-shot (Grounding DINO)"
+    rows["groundingdino-tiny"] = replace(
+        reader,
+        hub="IDEA-Research/grounding-dino-tiny",
+        revision="a2bb814dd30d776dcf7e30523b00659f4f141c71",
+        megabytes=689,
+        note=words,
+        millions=172.3,
+        score=zero_shot,
+    )
+    rows["groundingdino-base"] = replace(reader, hub="IDEA-Research/grounding-dino-base", note=words + seen, millions=232.3)
+    for size, score in (("tiny", "COCO box AP 50.6, LVIS 31.9, both zero-shot (MM-Grounding-DINO)"), ("base", "")):
+        hub = f"openmmlab-community/mm_grounding_dino_{size}_o365v1_goldg_v3det"
+        rows[f"mm-groundingdino-{size}"] = replace(reader, hub=hub, note=words, score=score)
+    extra = "; needs the extra groundingdino"
+    for size, config, release, note, millions, score in (
+        ("swint", "GroundingDINO_SwinT_OGC", "v0.1.0-alpha/groundingdino_swint_ogc.pth", words + extra, 172.8, zero_shot),
+        ("swinb", "GroundingDINO_SwinB_cfg", "v0.1.0-alpha2/groundingdino_swinb_cogcoor.pth", words + seen + extra, 0, ""),
     ):
-        rows[f"groundingdino-{size}-original"] = Row(
-            f"{detect}.original:OriginalGroundingDino",
-            {"config": config, "words": "IDEA-Research/grounding-dino-tiny"},
+        rows[f"groundingdino-{size}-original"] = replace(
+            reader,
+            build=f"{detect}.original:OriginalGroundingDino",
+            args={"config": config, "words": rows["groundingdino-tiny"].hub},
             file=release.rpartition("/")[2],
             url=f"https://github.com/IDEA-Research/GroundingDINO/releases/download/{release}",
-            input=800,
-            licence="Apache-2.0",
-            note=f"{words}{seen if size == 'swinb' else ''}; needs the extra groundingdino",
-            role="detector",
-            millions=172.8 if size == "swint" else 0,
+            note=note,
+            millions=millions,
             score=score,
         )
     for (size, data, cascade), (path, millions, ap) in _VITDET.items():
@@ -296,6 +299,11 @@ def require(entry: Row, name: str) -> Path:
 def missing(message: str, role: str) -> DepthsegError:
     """The error for weights that are not here, with the ways out for this role."""
     return DepthsegError(message, f"Ways out: {WAYS[role]}.", MISSING_PIECE)
+
+
+def wordless() -> DepthsegError:
+    """The error for a detector that reads and was given nothing to read."""
+    return DepthsegError("Grounding DINO has to be told what to look for", 'Add --text "a cat . a dog ." or --classes coco.')
 
 
 def there(path: str | Path, what: str, role: str) -> Path:

@@ -10,7 +10,7 @@ import os
 import stat
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from glob import has_magic, iglob
@@ -25,6 +25,7 @@ from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array, Image
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 
@@ -286,6 +287,17 @@ def _rgb(picture: PILImage.Image) -> PILImage.Image:
         white.paste(layer, mask=layer.getchannel("A"))
         return white
     return picture.convert("RGB")
+
+
+def alike(images: Sequence[Image], key: Callable[[Image], K], answer: Callable[[list[Image], K], Sequence[T]]) -> list[T]:
+    """What `answer` gives for the images, those of the same key together, in the order of the images."""
+    groups: dict[K, list[int]] = {}
+    for at, image in enumerate(images):
+        groups.setdefault(key(image), []).append(at)
+    out: dict[int, T] = {}
+    for same, members in groups.items():
+        out.update(zip(members, answer([images[at] for at in members], same), strict=True))
+    return [out[at] for at in range(len(images))]
 
 
 def read_ahead(images: Iterable[Image], workers: int = 2, ahead: int = 8) -> Iterator[Image | Failure]:

@@ -20,9 +20,10 @@ from PIL import Image as PILImage
 from scipy.ndimage import distance_transform_edt
 
 from depthseg import catalog, weights
-from depthseg.data import Failure, Unreadable, not_written, read, read_ahead, upright_size
+from depthseg.data import Failure, Unreadable, alike, not_written, read, read_ahead, upright_size
 from depthseg.errors import DepthsegError
 from depthseg.formats import atomic
+from depthseg.pretrained import load
 from depthseg.schema import Array, Depth, Frame, Image
 
 SPIKES = 0.001  # share of the pixels that is clipped at either end
@@ -80,50 +81,30 @@ class DepthAnything:
 
     def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", batch: int = 4):
         folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else weights.hub_folder(str(repo_or_folder))
-        if folder is None or not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
+        if folder is None or not all((folder / name).is_file() for name in weights.HUB_NEEDED):
             raise catalog.missing(f"the weights of {repo_or_folder} are not on this machine", "depth")
-        try:
-            found = json.loads((folder / "config.json").read_bytes())["model_type"]
-        except (ValueError, TypeError, KeyError) as e:
-            raise DepthsegError(f"{folder / 'config.json'} is not the config of a model", "Fetch it again with --pull.") from e
-        if found != "depth_anything":
-            raise DepthsegError(f"{repo_or_folder} is a model of type {found}, not depth_anything", "See `depthseg models`.")
+        network = load("DepthAnythingForDepthEstimation", folder, ("depth_anything",), "depth")
         import torch
-        from transformers import DepthAnythingForDepthEstimation
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.batch = batch
-        try:
-            network, info = DepthAnythingForDepthEstimation.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as e:  # a cut-off file, or tensors of other shapes
-            raise DepthsegError(f"{repo_or_folder} cannot be loaded ({str(e).strip()[:120]})", "Fetch it again with --pull.") from e
-        if info["missing_keys"]:
-            raise DepthsegError(f"{repo_or_folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}", "Fetch it again.")
-        self._network = network.to(self.device).eval()
+        self.device, self.precision, self.batch = torch.device(device), precision, batch
+        self._network = network.to(self.device)
         self._metric = network.config.depth_estimation_type == "metric"
 
     def __call__(self, images: list[Image]) -> list[Array]:
+        return alike(images, lambda image: self._size(*image.size), self._of_one_size)
+
+    def _of_one_size(self, images: list[Image], size: tuple[int, int]) -> list[Array]:
         import torch
 
-        groups: dict[tuple[int, int], list[int]] = {}
-        for at, image in enumerate(images):
-            groups.setdefault(self._size(*image.size), []).append(at)
-        out: dict[int, Array] = {}
-        for size, members in groups.items():
-            for start in range(0, len(members), self.batch):
-                some = members[start : start + self.batch]
-                x = torch.from_numpy(np.stack([self._input(images[at], size) for at in some])).to(self.device)
-                half = self.precision != torch.float32
-                with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
-                    depth = self._network(x).predicted_depth.float().cpu().numpy()  # (B, h', w'), larger is nearer
-                for at, d in zip(some, depth):
-                    out[at] = normalise(_inverse(d), d > 0) if self._metric else normalise(d)
-        return [out[at] for at in range(len(images))]
+        from depthseg.numerics import inference
+
+        out: list[Array] = []
+        for start in range(0, len(images), self.batch):
+            x = torch.from_numpy(np.stack([self._input(image, size) for image in images[start : start + self.batch]])).to(self.device)
+            with inference(self.device, self.precision):
+                depth = self._network(x).predicted_depth.float().cpu().numpy()  # (B, h', w'), larger is nearer
+            out += [normalise(_inverse(d), d > 0) if self._metric else normalise(d) for d in depth]
+        return out
 
     def _size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the network's input for an image of h x w."""
@@ -154,19 +135,19 @@ class NanoDepth:
 
         from depthseg.models.depthnet import DepthNet
 
-        self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.device, self.precision = torch.device(device), precision
         self._network = DepthNet.load(Path(path)).to(self.device)
 
     def __call__(self, images: list[Image]) -> list[Array]:
         import torch
 
+        from depthseg.numerics import inference
+
         if not images:
             return []
         frames = [Frame(image.size, self._network.side) for image in images]
         x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
-        half = self.precision != torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
+        with inference(self.device, self.precision):
             inverse = self._network(x).float().cpu().numpy()  # (B, side / 2, side / 2), scale and shift without meaning
         return [normalise(y[: max(1, h // 2), : max(1, w // 2)]) for y, (h, w) in zip(inverse, (f.inner for f in frames))]
 

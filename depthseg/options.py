@@ -159,8 +159,8 @@ def check_detector(plan: Plan, pull: bool) -> None:
         return
     name = READER if plan.text and plan.detector == "auto" else plan.detector
     if name in catalog.DETECTORS:
-        if "grounding" in catalog.DETECTORS[name].build and not plan.wanted():
-            raise DepthsegError("Grounding DINO has to be told what to look for", 'Add --text "a cat . a dog ." or --classes coco.')
+        if catalog.DETECTORS[name].reads and not plan.wanted():
+            raise catalog.wordless()
         _check_weights({name: catalog.DETECTORS[name]}, pull)
 
 

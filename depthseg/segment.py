@@ -24,13 +24,13 @@ from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
 from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.numerics import PRECISIONS, inference
 from depthseg.plan import Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Boxes, Depth, Frame, Image, Masks, Prompts, Record
 
 T = TypeVar("T")
 Seconds = defaultdict[str, float]  # by stage
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES_SHOWN = 3  # of the entries that name no image
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
 ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
@@ -226,13 +226,12 @@ class Segmenter:
         depths = stage("depth", self.depth) if self.depth else {}
         views = [_whole(image, depths.get(k)) for k, image in images.items()]
         grid = self.detector == "grid"
+        overlap = catalog.DETECTORS[self.detector].overlap if self.detector in catalog.DETECTORS else ""
         answers = self.masks_for(views, [_prompts(asked[k]) for k in images], strict=grid, spent=spent)
         for (k, image), found in zip(images.items(), answers):
             with self._timed(spent, "masks"):
                 labels = self.source.categories(image) if isinstance(self.source, PointsFile) else None
-                result = _masks(
-                    found, asked[k], labels, self.plan.nms if self.detector in ("grid", "nano") else None, self.detector == "nano"
-                )
+                result = _masks(found, asked[k], labels, overlap, self.plan.nms)
             out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
         share = {name: seconds / len(held) for name, seconds in spent.items()}
         yield from (replace(item, seconds=share) if isinstance(item, Record) else item for item in out if item)
@@ -274,7 +273,7 @@ class Segmenter:
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
         frames = [Frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
-        with self._timed(spent, "encode"), self._numerics():
+        with self._timed(spent, "encode"), inference(self.device, self.precision):
             rgb = self._tensor(np.stack([f.image(v.pixels) for f, v in zip(frames, views)]))
             maps = [f.depth(v.depth) for f, v in zip(frames, views) if v.depth is not None]
             features = self.network.encode(rgb, self._tensor(np.stack(maps)) if maps else None)
@@ -296,7 +295,7 @@ class Segmenter:
         for (multimask, _), flat in groups.items():
             for start in range(0, len(flat), plan.prompt_batch):
                 chunk = flat[start : start + plan.prompt_batch]
-                with self._timed(spent, "decode"), self._numerics():
+                with self._timed(spent, "decode"), inference(self.device, self.precision):
                     low, ious = self._best(encoded, asked, chunk, multimask)
                 with self._timed(spent, "masks"):
                     for (v, i), logits, iou in zip(chunk, low, ious.tolist()):
@@ -342,12 +341,6 @@ class Segmenter:
         return torch.from_numpy(array).to(self.device)
 
     @contextmanager
-    def _numerics(self) -> Iterator[None]:
-        dtype = PRECISIONS[self.precision]
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            yield
-
-    @contextmanager
     def _timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
@@ -378,10 +371,10 @@ def _box(asked: Prompts, row: int) -> Array:
     return asked.points[row, first : first + 2].reshape(4)
 
 
-def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, nms: float | None, nested: bool) -> Masks:
-    """The masks that are not empty, best score first; with `nms`, without those that overlap a better one by more.
+def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, overlap: str, nms: float) -> Masks:
+    """The masks that are not empty, best score first; with `overlap`, without those that overlap a better one by more than `nms`.
 
-    labels: category id of each prompt (P,) where there are no boxes to say it. nested: as in masks.suppress.
+    labels: category id of each prompt (P,) where there are no boxes to say it. overlap: as in catalog.Row.
     """
     area = masks.area([a.rle for a in answers])
     answers, area = [a for a, pixels in zip(answers, area) if pixels], area[area > 0]
@@ -394,7 +387,7 @@ def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, 
     else:
         score, label, names = ious, np.ones(len(ious), np.int64) if labels is None else labels[prompt], {1: "object"}
     result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names)
-    return result.keep(np.argsort(-score, kind="stable") if nms is None else masks.suppress(rle, score, nms, nested=nested))
+    return result.keep(masks.suppress(rle, score, nms, nested=overlap == "share") if overlap else np.argsort(-score, kind="stable"))
 
 
 def _one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:

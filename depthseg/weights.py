@@ -69,10 +69,10 @@ def find(entry: catalog.Row) -> Path | None:
 
 def locate(entry: catalog.Row, name: str, fetch: bool, progress: Callable[[int, int], None] | None = None) -> Path:
     """Where the weights of this row are, fetched first if they are not here and that is allowed; else an error."""
-    if path := find(entry):
-        return path
     if fetch:
         return pull(entry, name, progress)
+    if path := find(entry):
+        return path
     raise catalog.missing(f"the weights of {name} ({entry.file or entry.hub}) are not on this machine", entry.role)
 
 

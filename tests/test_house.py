@@ -20,8 +20,8 @@ README = ROOT / "README.md"
 LAYERS = {
     "ground": "depthseg errors plan catalog",
     "data": "schema masks prompts data sink formats metrics sa1b augment",
-    "tensors": "models losses",
-    "stages": "detect depth tasks weights",
+    "tensors": "models losses numerics",
+    "stages": "detect depth tasks weights pretrained",
     "segment": "segment",
     "verbs": "evaluate train bench",
     "edge": "options terminal weights_cli cli __main__",

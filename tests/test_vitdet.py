@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 
 from depthseg.errors import DepthsegError
 from depthseg.models import checkpoint
-from depthseg.models.vitdet import MEAN, STD, Variant, ViTDet, _anchors, from_zoo
+from depthseg.models.vitdet import Variant, ViTDet, _anchors, from_zoo
+from depthseg.schema import PIXEL_MEAN, PIXEL_STD
 
 TINY = Variant(32, 2, 2, (1,))
 
@@ -128,7 +129,7 @@ def test_equals_detectron2(shared, tmp_path):
     expected = np.load(shared / "parity" / "vitdet_b.npz")
     small = np.asarray(PILImage.fromarray(picture()).resize((1024, 768), PILImage.Resampling.BILINEAR))
     x, size = torch.zeros(1, 3, 1024, 1024), [(768, 1024)]
-    x[0, :, :768] = torch.from_numpy(((small - np.array(MEAN)) / np.array(STD)).astype(np.float32)).permute(2, 0, 1)
+    x[0, :, :768] = torch.from_numpy(((small - PIXEL_MEAN) / PIXEL_STD).astype(np.float32)).permute(2, 0, 1)
     with torch.inference_mode():
         maps = net.backbone(x)
         for level, y in enumerate(maps, 2):

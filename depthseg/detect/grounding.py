@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from depthseg import catalog
+from depthseg.data import alike
 from depthseg.detect import classes as tables
-from depthseg.detect.hub import load
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.plan import CONFIDENCE, MAX_BOXES
+from depthseg.pretrained import load
 from depthseg.schema import Array, Boxes, Image
 
 SHORT, LONG = 800, 1333  # pixels: the shorter side, unless the longer one would exceed its limit
@@ -38,12 +40,12 @@ class GroundingDino:
         classes: Sequence[str] = (),
     ):
         if not classes:
-            raise DepthsegError("Grounding DINO has to be told what to look for", 'Add --text "a cat . a dog ." or --classes coco.')
+            raise catalog.wordless()
         network, self._tokenizer = self._open(Path(folder))
         import torch
 
         self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = precision
         self.confidence, self.max_boxes = confidence, min(max_boxes, MOST)
         self._network = network.to(self.device)
         self._names = tables.vocabulary(classes)
@@ -51,7 +53,7 @@ class GroundingDino:
 
     def _open(self, folder: Path) -> tuple[Any, Any]:
         """The network, called like those of transformers, and the tokenizer."""
-        network = load("AutoModelForZeroShotObjectDetection", folder, ("grounding-dino", "mm-grounding-dino"))
+        network = load("AutoModelForZeroShotObjectDetection", folder, ("grounding-dino", "mm-grounding-dino"), "detector")
         from transformers import AutoTokenizer
 
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
@@ -78,23 +80,18 @@ class GroundingDino:
         yield [*ids, end], spans
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
-        by_size: dict[tuple[int, int], list[int]] = {}  # padding would change the answers
-        for at, image in enumerate(images):
-            by_size.setdefault(_size(*image.size), []).append(at)
-        out: list[Boxes] = [Boxes.empty()] * len(images)
-        for size, same in by_size.items():
-            for at, found in zip(same, self._detect([images[at] for at in same], size)):
-                out[at] = found
-        return out
+        return alike(images, lambda image: _size(*image.size), self._detect)  # padding would change the answers
 
     def _detect(self, images: list[Image], size: tuple[int, int]) -> list[Boxes]:
         import torch
+
+        from depthseg.numerics import inference
 
         x = torch.from_numpy(np.stack([_input(image, size) for image in images])).to(self.device)
         xyxy, score, label = [], [], []
         for ids, spans in self._prompts:
             tokens = torch.tensor([ids], device=self.device).expand(len(images), -1)
-            with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            with inference(self.device, self.precision):
                 answer = self._network(pixel_values=x, input_ids=tokens, attention_mask=torch.ones_like(tokens))
             p = answer.logits.float().sigmoid()  # (B, queries, TOKENS)
             s = torch.stack([p[..., where].mean(-1) for _, where in spans], -1).flatten(1)  # (B, queries x phrases)

@@ -1,6 +1,5 @@
 """Detectors that transformers runs from a folder in Hugging Face's format: D-FINE and RT-DETRv2 (Apache-2.0)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,47 +9,9 @@ from PIL import Image as PILImage
 
 from depthseg import catalog
 from depthseg.detect import classes as tables
-from depthseg.errors import DepthsegError
 from depthseg.plan import CONFIDENCE, MAX_BOXES
+from depthseg.pretrained import load
 from depthseg.schema import Boxes, Image
-
-
-def load(build: str, folder: str | Path, types: Sequence[str]) -> Any:
-    """The network of a folder by a class of transformers, in eval mode, every weight accounted for; never from the network.
-
-    types: values of the config's model_type that are expected. Raises DepthsegError.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        catalog.there(folder / name, folder.name, "detector")
-    try:
-        found = json.loads((folder / "config.json").read_bytes())["model_type"]
-    except (ValueError, TypeError, KeyError) as e:
-        raise DepthsegError(
-            f"{folder / 'config.json'} is not the config of a model",
-            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
-        ) from e
-    if found not in types:
-        raise DepthsegError(f"{folder} holds a model of type {found}, not {' or '.join(types)}", "See `depthseg models`.")
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        network, info = getattr(transformers, build).from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as e:  # a cut-off file, or tensors of other shapes
-        raise DepthsegError(
-            f"{folder} cannot be loaded ({str(e).strip()[:120]})",
-            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
-        ) from e
-    if info["missing_keys"]:
-        raise DepthsegError(
-            f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}",
-            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
-        )
-    return network.eval()
 
 
 class HubDetector:
@@ -68,12 +29,12 @@ class HubDetector:
         max_boxes: int = MAX_BOXES,
         classes: Sequence[str] = (),
     ):
-        network = load("AutoModelForObjectDetection", folder, ("d_fine", "rt_detr_v2", "rt_detr"))
+        network = load("AutoModelForObjectDetection", Path(folder), ("d_fine", "rt_detr_v2", "rt_detr"), "detector")
         import torch
         from transformers import RTDetrImageProcessorPil
 
         self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = precision
         self.confidence, self.max_boxes = confidence, max_boxes
         self._network = network.to(self.device)
         catalog.there(Path(folder) / "preprocessor_config.json", Path(folder).name, "detector")
@@ -84,13 +45,13 @@ class HubDetector:
         self._only = tables.choose(classes, self._names, "this detector")
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
-        import torch
+        from depthseg.numerics import inference
 
         if not images:
             return []
         pictures = [PILImage.fromarray(np.asarray(image.pixels)) for image in images]
         x = self._processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with inference(self.device, self.precision):
             answers = self._network(x)
         answers.logits, answers.pred_boxes = answers.logits.float(), answers.pred_boxes.float()
         found = self._processor.post_process_object_detection(answers, threshold=0.0, target_sizes=[image.size for image in images])

@@ -34,20 +34,21 @@ class NanoBoxes:
         from depthseg.models.boxes import BoxNet
 
         self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = precision
         self.confidence, self.max_boxes = confidence, max_boxes
         self._network = BoxNet.load(path).to(self.device)
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
         import torch
 
+        from depthseg.numerics import inference
+
         if not images:
             return []
         side = self._network.side
         frames = [Frame(image.size, side) for image in images]
         x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
-        half = self.precision != torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
+        with inference(self.device, self.precision):
             scores, boxes = self._network(x)  # (B, N), (B, N, 4)
         return [self._kept(s.float(), b.float(), frame) for s, b, frame in zip(scores, boxes, frames)]
 

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
 from depthseg import catalog
 from depthseg.detect import classes as tables
 from depthseg.plan import CONFIDENCE, MAX_BOXES
-from depthseg.schema import Array, Boxes, Image
+from depthseg.schema import Array, Boxes, Frame, Image
 
 
 class ViTDet:
@@ -44,40 +43,28 @@ class ViTDet:
         from depthseg.models.vitdet import ViTDet as Network
 
         self.device = torch.device(device)
-        self.precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = precision
         self.confidence, self.max_boxes = confidence, max_boxes
         self._network = Network(variant, len(known), cascade, sigmoid=data == "lvis", **size).load(path).to(self.device)
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
         import torch
 
+        from depthseg.numerics import inference
+
         if not images:
             return []
-        sizes = [self._inner(*image.size) for image in images]
-        x = torch.from_numpy(np.stack([self._input(image, size) for image, size in zip(images, sizes)])).to(self.device)
-        half = self.precision != torch.float32
+        frames = [Frame(image.size, self._network.side) for image in images]
+        x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
         least = min(self.confidence, self._network.least)
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
-            answers = self._network(x, sizes, least=least, most=max(self.max_boxes, self._network.most), only=self._only)
-        found = [tuple(t.cpu().numpy() for t in answer) for answer in answers]
-        return [self._boxes(*arrays, image, size) for arrays, image, size in zip(found, images, sizes)]  # type: ignore[call-arg]
+        with inference(self.device, self.precision):
+            answers = self._network(
+                x, [f.inner for f in frames], least=least, most=max(self.max_boxes, self._network.most), only=self._only
+            )
+        return [self._boxes([t.cpu().numpy() for t in answer], frame) for answer, frame in zip(answers, frames)]
 
-    def _inner(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width in the network's square: the longer side fills it, halves round up."""
-        scale = self._network.side / max(h, w)
-        return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
-
-    def _input(self, image: Image, size: tuple[int, int]) -> Array:
-        from depthseg.models.vitdet import MEAN, STD
-
-        h, w = size
-        pixels = PILImage.fromarray(np.asarray(image.pixels)).resize((w, h), PILImage.Resampling.BILINEAR)
-        x = np.zeros((3, self._network.side, self._network.side), np.float32)
-        x[:, :h, :w] = ((np.asarray(pixels, np.float32) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1)
-        return x
-
-    def _boxes(self, xyxy: Array, score: Array, index: Array, image: Image, inner: tuple[int, int]) -> Boxes:
-        label = self._ids[index]
-        (h, w), (ih, iw) = image.size, inner
+    def _boxes(self, answer: list[Array], frame: Frame) -> Boxes:
+        xyxy, score, index = answer
+        (h, w), (ih, iw) = frame.size, frame.inner
         scaled = xyxy * np.array([w / iw, h / ih] * 2)
-        return Boxes.best(scaled, score, label, self._names, image.size, self.confidence, self.max_boxes)
+        return Boxes.best(scaled, score, self._ids[index], self._names, frame.size, self.confidence, self.max_boxes)

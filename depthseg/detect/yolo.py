@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from depthseg import catalog
+from depthseg.data import alike
 from depthseg.detect import classes as tables
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.plan import CONFIDENCE, MAX_BOXES
@@ -80,16 +81,9 @@ class Yolo:
         self._only = None if chosen is None else [self._ids.index(i) for i in chosen]
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
-        by_size: dict[tuple[int, int], list[int]] = {}  # mixed sizes would be padded otherwise than each alone
-        for at, image in enumerate(images):
-            by_size.setdefault(image.size, []).append(at)
-        out: list[Boxes] = [Boxes.empty()] * len(images)
-        for same in by_size.values():
-            for at, found in zip(same, self._predict([images[at] for at in same])):
-                out[at] = found
-        return out
+        return alike(images, lambda image: image.size, self._predict)  # mixed sizes would be padded otherwise than each alone
 
-    def _predict(self, images: list[Image]) -> list[Boxes]:
+    def _predict(self, images: list[Image], size: tuple[int, int]) -> list[Boxes]:
         """Boxes of images of one size, in one call of the network."""
         import torch
 

@@ -120,8 +120,13 @@ def load_into(network: nn.Module, path: Path) -> None:
             **{k: v for k, v in own.items() if k.startswith("depth_encoder.")},
             "alpha": torch.zeros_like(own["alpha"]),
         }
+    fill(network, state, path, "network", "Is --model the one the checkpoint was made for?")
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], path: Path, what: str, hint: str) -> None:
+    """Fill `network` with `state` if it fits exactly and holds numbers; path, what and hint are for the message otherwise."""
     if lines := difference(network, state):
-        raise DepthsegError(f"{path} does not fit this network: {'; '.join(lines)}", "Is --model the one the checkpoint was made for?")
+        raise DepthsegError(f"{path} does not fit this {what}: {'; '.join(lines)}", hint)
     if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise DepthsegError(
             f"{path} holds values that are not finite, in {', '.join(bad[:3])}", "The file is damaged: fetch or export it again."

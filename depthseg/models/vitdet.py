@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
-from depthseg.errors import DepthsegError
 from depthseg.models import checkpoint
 
 WIDTH = 256
@@ -27,7 +26,6 @@ POOLED = 7
 MAX_GROWTH = math.log(1000 / 16)  # of a side, in one regression
 DELTA_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of the cascade's stages
 EPS = 1e-6
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, 0..255
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ class RoiHeads(nn.Module):
 
 
 class ViTDet(nn.Module):
-    """(B, 3, S, S) normalised, padded at the bottom and right with zeros -> for each image boxes, scores and class indices.
+    """(B, 3, S, S) normalised and padded as by Frame.image -> for each image boxes, scores and class indices.
 
     classes: 80 of COCO, whose scores are a softmax, or 1203 of LVIS v1, with a sigmoid. side and window only for tests.
     """
@@ -265,9 +263,7 @@ class ViTDet(nn.Module):
     def load(self, path: Path) -> "ViTDet":
         """Fill with a checkpoint of detectron2's model zoo, or a conversion of it; in eval mode. Raises DepthsegError."""
         state = from_zoo(checkpoint.read(path), self.backbone.net.pos_embed.shape[1:3])
-        if lines := checkpoint.difference(self, state):
-            raise DepthsegError(f"{path} does not fit this ViTDet: {'; '.join(lines)}", "Is it of the size and data set that were named?")
-        self.load_state_dict(state, strict=True)
+        checkpoint.fill(self, state, path, "ViTDet", "Is it of the size and data set that were named?")
         return self.eval()
 
 
