@@ -16,7 +16,6 @@ from depthseg import catalog
 from depthseg.data import Failure, Unreadable, read
 from depthseg.depth import Cached
 from depthseg.errors import DepthsegError
-from depthseg.plan import Plan
 from depthseg.schema import Boxes, Image
 from depthseg.segment import Segmenter
 
@@ -52,8 +51,10 @@ class Timing(NamedTuple):
     boxes: int  # that were compared
 
 
-def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[[int, int], None] = lambda done, total: None) -> Timing:
-    """Time the stages of a plan over the images, one by one and in batches of `plan.batch`, in turns; a first round is not counted.
+def stages(
+    whole: Segmenter, images: list[Image], rounds: int = 3, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Timing:
+    """Time the stages over the images, one by one and in batches as the plan says, in turns; a first round is not counted.
 
     The detector's boxes of the two ways are compared. Raises DepthsegError for an image that cannot be used.
     """
@@ -61,10 +62,9 @@ def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[
         images = [read(image) for image in images]
     except Unreadable as error:
         raise DepthsegError(f"an image cannot be read ({error})", "Leave it out.") from error
-    whole = Segmenter(plan)
     if isinstance(whole.depth, Cached):
         whole.depth = whole.depth.depth  # the estimator itself, not what it said before
-    single = Segmenter(replace(plan, batch=1), network=whole.network, source=whole.source, depth=whole.depth)
+    single = Segmenter(replace(whole.plan, batch=1), network=whole.network, source=whole.source, depth=whole.depth)
     single.detector, single.zoom = whole.detector, whole.zoom
     seconds: dict[int, list[dict[str, float]]] = {id(single): [], id(whole): []}
     for turn in range(rounds + 1):
@@ -78,7 +78,7 @@ def stages(plan: Plan, images: list[Image], rounds: int = 3, progress: Callable[
     names = dict.fromkeys(s for rows in seconds.values() for r in rows for s in r)  # an image without prompts skips some
     alone, batched = ({s: median(r.get(s, 0.0) for r in rows) for s in names} for rows in seconds.values())
     one_by_one = [whole.source([image])[0] for image in images]
-    together = [b for i in range(0, len(images), plan.batch) for b in whole.source(images[i : i + plan.batch])]
+    together = [b for i in range(0, len(images), whole.plan.batch) for b in whole.source(images[i : i + whole.plan.batch])]
     pairs = [(a, b) for a, b in zip(one_by_one, together, strict=True) if isinstance(a, Boxes) and isinstance(b, Boxes)]
     if any(len(a) != len(b) for a, b in pairs):
         return Timing(whole.notes, alone, batched, float("inf"), sum(len(a) for a, _ in pairs))

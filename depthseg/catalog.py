@@ -25,12 +25,13 @@ class Row:
     url: str | None = None  # direct address of `file`
     inside: str | None = None  # path of the file in the hub's repository, where it is not `file`
     revision: str | None = None  # commit of the hub's repository
-    sha256: str | None = None  # of `file`, where its publisher names it
+    sha256: str | None = None  # of `file`, or of the repository's model.safetensors; see _SHA256
     megabytes: float = 0  # about, as the hub's page says
     input: int = 0  # side of the network's input in pixels
     licence: str = ""
     note: str = ""
     role: str = "model"  # a key of WAYS
+    classes: str = ""  # of a detector: the data set whose classes it has, where that is known without its weights
     reads: bool = False  # a detector that has to be told in words what to look for
     overlap: str = ""  # how masks of its prompts exclude each other: by IoU, or by the share of the smaller one, or not
     confidence: float = 0.25  # of a detector: boxes under this score are dropped where the plan says nothing
@@ -40,9 +41,9 @@ class Row:
 
 
 _PULL = "run again with --pull on a machine with a network"
-WAYS = {  # how to go on without the weights of a model, a detector or a depth estimator
+WAYS = {  # how to go on without the weights of a model, a detector or a depth estimator, in words that fit every command
     "model": f"pass --weights PATH, or {_PULL}",
-    "detector": f"give --boxes FILE, use --detector nano or grid, or {_PULL}",
+    "detector": f"use --detector nano, which is embedded, or {_PULL}",
     "depth": f"give --depth FOLDER with depth maps, use --depth nano, or {_PULL}",
     "boxes": "run `depthseg weights pull` on a machine with a network",
 }
@@ -150,6 +151,7 @@ def _detectors() -> dict[str, Row]:
             input=640,
             licence="AGPL-3.0",
             role="detector",
+            classes="coco",
             millions=millions,
             score=f"COCO box AP {ap} (ultralytics)",
         )
@@ -157,7 +159,7 @@ def _detectors() -> dict[str, Row]:
         ("nano", "coco", 15.3, None),
         ("small", "obj2coco", 41.5, 50.7),
         ("medium", "obj2coco", 78.7, 55.1),
-        ("large", "obj2coco", 126, 57.1),
+        ("large", "obj2coco-e25", 126, 57.1),
         ("xlarge", "obj2coco", 252, 59.3),
     ):
         rows[f"dfine-{size}"] = Row(
@@ -167,6 +169,7 @@ def _detectors() -> dict[str, Row]:
             input=640,
             licence="Apache-2.0",
             role="detector",
+            classes="coco",
             millions=round(megabytes / 4.03),  # its file holds little else, in fp32
             score=f"COCO box AP {published} (D-FINE)" if published else "",
         )
@@ -177,6 +180,7 @@ def _detectors() -> dict[str, Row]:
             input=640,
             licence="Apache-2.0",
             role="detector",
+            classes="coco",
             millions=millions,
             score=f"COCO box AP {ap} (RT-DETRv2)",
         )
@@ -187,8 +191,6 @@ def _detectors() -> dict[str, Row]:
     rows["groundingdino-tiny"] = replace(
         reader,
         hub="IDEA-Research/grounding-dino-tiny",
-        revision="a2bb814dd30d776dcf7e30523b00659f4f141c71",
-        megabytes=689,
         note=words,
         millions=172.3,
         score=zero_shot,
@@ -223,6 +225,7 @@ def _detectors() -> dict[str, Row]:
             input=1024,
             licence="CC-BY-SA-3.0",  # of detectron2's model zoo, whose page for ViTDet names none of its own
             role="detector",
+            classes=data,
             millions=millions,
             score=f"{data.upper()} box AP {ap} (detectron2)",
         )
@@ -231,9 +234,61 @@ def _detectors() -> dict[str, Row]:
     return rows
 
 
-MODELS = _models()
-DEPTHS = _depths()
-DETECTORS = _detectors()
+# SHA-256 of what the publishers offer, by file or repository: each is named alike by two or more public projects that pin it. Where
+# a file is not listed, the hub's own name of it is compared, or a later copy with what came first.
+_SHA256 = {
+    "yolov8n.pt": "f59b3d833e2ff32e194b5bb8e08d211dc7c5bdf144b90d2c8412c47ccfc83b36",
+    "yolov8s.pt": "1f47a78bf100391c2a140b7ac73a1caae18c32779be7d310658112f7ac9aa78a",
+    "yolov8m.pt": "5d4a90cdc7a21786cc59cd19778e9eafff836df9e2da32524737c7ee6efe4fe5",
+    "yolov8x.pt": "3df4ada6b4dad6d657868f2fdf7faecfb34dcfccf3a25c4b82079064718524c8",
+    "groundingdino_swint_ogc.pth": "3b3ca2563c77c69f651d7bd133e97139c186df06231157a64c507099c52bc799",
+    "groundingdino_swinb_cogcoor.pth": "46270f7a822e6906b655b729c90613e48929d0f2bb8b9b76fd10a856f3ac6ab7",
+    "vitdet_h_coco.pkl": "8601bc52000c8a87960f3db6a9672596c5e06ce33bc30a3b8f96a96efe42ae60",
+    "efficientvit_sam_l0.pt": "c4f994b01a16d48bcf2fbbb089448cfbf58fae5811edfa8113c953b8b8cc64b8",
+    "depth-anything/Depth-Anything-V2-Small-hf": "3152477ce0d8d6978d76b995120de97cb5b928701fd0f817769f59e249a16b70",
+    "depth-anything/Depth-Anything-V2-Large-hf": "4e01e34ed5549b529b70b92d53226bc370f03041977b390d3dde45d47f516cf9",
+    "IDEA-Research/grounding-dino-tiny": "1a2412ef99bd74bcd3c2a246fa1e48581f8889a1300c9051974741314fc042f3",
+    "IDEA-Research/grounding-dino-base": "5548f844c928c4b6f411fa8cbcc2bfa8dbbba437cb1d513975519f93c2a9ed21",
+    "ustc-community/dfine-nano-coco": "19e06bdc873da819920a8d373b879721a5b9759d822f8213220bb09abbdab58b",
+    "PekingU/rtdetr_v2_r18vd": "d18309d0d7ea57048138885c4c6ecfcb1e24506fc6153b94ad484f8ab62c7115",
+    "PekingU/rtdetr_v2_r50vd": "3331d977dbc0c7a6cdae9ec0b0b6ad156eb6720d65b7cf0fa710dcc541d88d71",
+}
+_REVISIONS = {  # commits that public projects pin, likewise; the hub's `main` where none is listed
+    "depth-anything/Depth-Anything-V2-Small-hf": "5426e4f0f36572d16453bbda7a8389317b1bef99",
+    "depth-anything/Depth-Anything-V2-Base-hf": "b1958afc87fb45a9e3746cb387596094de553ed8",
+    "depth-anything/Depth-Anything-V2-Large-hf": "7581137eff8d4e94f6e796d3baea0e9fa79b22d2",
+    "LiheYoung/depth-anything-small-hf": "25216a913fa218ccb7d58cce818d52b728b6c1f6",
+    "LiheYoung/depth-anything-large-hf": "27ccb0920352c0c37b3a96441873c8d37bd52fb6",
+    "IDEA-Research/grounding-dino-tiny": "a2bb814dd30d776dcf7e30523b00659f4f141c71",
+    "IDEA-Research/grounding-dino-base": "12bdfa3120f3e7ec7b434d90674b3396eccf88eb",
+    "ustc-community/dfine-nano-coco": "066438d3d8f0da137a37b38fdf3368fd4afceced",
+    "PekingU/rtdetr_v2_r18vd": "5650961749fa93567c0d46fc7f43ea4f9e914107",
+    "PekingU/rtdetr_v2_r34vd": "5d60d8fb5eb2a3ee5575bf200ecbce4e2cfa420c",
+    "PekingU/rtdetr_v2_r50vd": "282494075698cab9faa1096ae26856890030c817",
+}
+_MEGABYTES = {  # of files whose page gives no size
+    "yolov8n.pt": 6.5, "yolov8s.pt": 22.6, "yolov8m.pt": 52.1, "yolov8l.pt": 87.8, "yolov8x.pt": 136.9,
+    "groundingdino_swint_ogc.pth": 694, "groundingdino_swinb_cogcoor.pth": 938.1,
+    "depth-anything/Depth-Anything-V2-Small-hf": 99.2, "depth-anything/Depth-Anything-V2-Large-hf": 1341.3,
+    "IDEA-Research/grounding-dino-tiny": 689.4, "IDEA-Research/grounding-dino-base": 933.4,
+    "PekingU/rtdetr_v2_r18vd": 80.9, "PekingU/rtdetr_v2_r50vd": 172.2,
+}  # fmt: skip
+
+
+def _pinned(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows with hash, commit and size of what is fetched."""
+
+    def pin(entry: Row) -> Row:
+        key = entry.file or entry.hub or ""
+        megabytes = entry.megabytes or _MEGABYTES.get(key, 0)
+        return replace(entry, sha256=_SHA256.get(key), revision=_REVISIONS.get(entry.hub or ""), megabytes=megabytes)
+
+    return {name: pin(entry) for name, entry in rows.items()}
+
+
+MODELS = _pinned(_models())
+DEPTHS = _pinned(_depths())
+DETECTORS = _pinned(_detectors())
 BOXES = {  # what the published tables of EfficientViT-SAM were made with: detections of COCO val2017 and LVIS val, for --boxes
     name: Row(
         "",

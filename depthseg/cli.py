@@ -99,9 +99,7 @@ def segment(
         bool, typer.Option("--depth-panel", help="Draw the depth map beside the overlay.", rich_help_panel=OUTPUT)
     ] = Plan.depth_panel,
     instances: Annotated[bool, typer.Option("--instances", help="One PNG for each instance.", rich_help_panel=OUTPUT)] = Plan.instances,
-    pull: Annotated[
-        bool, typer.Option("--pull", help="Fetch missing weights first; a run uses no network otherwise.", rich_help_panel=RUN)
-    ] = False,
+    pull: opt.Pull = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds other results.", rich_help_panel=RUN)
     ] = False,
@@ -194,7 +192,7 @@ def detect(
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
-    pull: Annotated[bool, typer.Option("--pull", help="Fetch missing weights first.", rich_help_panel=RUN)] = False,
+    pull: opt.Pull = False,
     debug: opt.Debug = False,
 ) -> None:
     """Write the boxes of every image as COCO detection results: detect once, segment many times.
@@ -311,7 +309,7 @@ def depth_maps(
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
-    pull: Annotated[bool, typer.Option("--pull", help="Fetch missing weights first.", rich_help_panel=RUN)] = False,
+    pull: opt.Pull = False,
     debug: opt.Debug = False,
 ) -> None:
     """Write a depth map of every image: 16-bit PNG, near is bright, named like the image.
@@ -460,6 +458,7 @@ def bench(
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
+    pull: opt.Pull = False,
     debug: opt.Debug = False,
 ) -> None:
     """Measure what each stage costs for an image, alone and in batches, and whether the detector answers the same.
@@ -471,15 +470,18 @@ def bench(
         depth=depth, zoom=zoom, device=device, precision=precision, batch=batch,
     )  # fmt: skip
     opt.check_names(plan)
-    opt.check_files(plan, None, pull=False)
+    opt.check_files(plan, None, pull)
     with contextlib.redirect_stdout(sys.stderr), interruptible("stopped"):
         from depthseg import data
 
         images = data.find(paths)[:limit]
         from depthseg.bench import stages
+        from depthseg.segment import Segmenter
 
+        with downloads() as fetched:
+            segmenter = Segmenter(plan, pull, progress=fetched)
         with progress("turns") as show:
-            found = stages(plan, images, rounds, show)
+            found = stages(segmenter, images, rounds, show)
     for note in found.notes:
         say(note)
     rows = [[s, f"{1000 * found.alone[s]:.1f}", f"{1000 * found.batched[s]:.1f}"] for s in found.alone]

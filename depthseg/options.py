@@ -126,6 +126,7 @@ Zoom = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in one call of the encoder.", rich_help_panel=MODEL)]
+Pull = Annotated[bool, typer.Option("--pull", help="Fetch missing weights first; a run uses no network otherwise.", rich_help_panel=RUN)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUN)]
 
 
@@ -152,16 +153,23 @@ def check_files(plan: Plan, images_json: Path | None, pull: bool) -> None:
 
 
 def check_detector(plan: Plan, pull: bool) -> None:
-    """Likewise for the detector alone."""
-    if plan.detector_weights:
-        if not Path(plan.detector_weights).exists():
-            raise DepthsegError(f"no such file or folder: {plan.detector_weights}", "Check --detector-weights.")
-        return
+    """Likewise for the detector alone, and classes that it is known not to have."""
     name = READER if plan.text and plan.detector == "auto" else plan.detector
-    if name in catalog.DETECTORS:
-        if catalog.DETECTORS[name].reads and not plan.wanted():
-            raise catalog.wordless()
-        _check_weights({name: catalog.DETECTORS[name]}, pull)
+    entry = catalog.DETECTORS.get(name)
+    if entry and entry.reads and not plan.wanted():
+        raise catalog.wordless()
+    if own := plan.detector_weights:
+        if not Path(own).exists():
+            raise DepthsegError(f"no such file or folder: {own}", "Check --detector-weights.")
+        if entry and Path(own).is_dir() is bool(entry.file):
+            wanted = "a file" if entry.file else "a folder, with a config.json in it"
+            raise DepthsegError(f"the weights of {name} are {wanted}, and {own} is none", "Check --detector-weights.")
+    elif entry:
+        if plan.classes and entry.classes:
+            from depthseg.detect import classes
+
+            classes.choose(plan.wanted(), classes.COCO if entry.classes == "coco" else classes.lvis(), name)
+        _check_weights({name: entry}, pull)
 
 
 def _check_weights(wanted: dict[str, catalog.Row], pull: bool) -> None:

@@ -83,14 +83,15 @@ def pull(entry: catalog.Row, name: str, progress: Callable[[int, int], None] | N
     A download that broke off is continued. What came is compared with what its publisher names, and its hash is written down.
     Raises DepthsegError with code MISSING_PIECE; a file appears under its name only when it is whole.
     """
+    words = entry.args.get("words")  # a detector that reads, with a tokenizer of its own
+    if words and not _has_tokenizer(words):
+        _snapshot(entry, name, words, TOKENIZER + ["config.json"])
     if path := find(entry):
         return path
     if entry.hub:
         return _from_hub(entry, name)
     if entry.url and entry.file:
         target = catalog.cache() / entry.file
-        if words := entry.args.get("words"):  # a detector that reads, with a tokenizer of its own
-            _snapshot(entry, name, words, TOKENIZER + ["config.json"])
         _download(entry, target, name, progress)
         _note(entry, target, entry.url)
         return target
@@ -124,9 +125,28 @@ def _snapshot(entry: catalog.Row, name: str, repository: str, files: list[str]) 
 
     _probe(os.environ.get("HF_ENDPOINT") or HUB, entry, name)
     try:
-        return Path(hub.snapshot_download(repository, revision=entry.revision, allow_patterns=files))
+        folder = Path(hub.snapshot_download(repository, revision=entry.revision, allow_patterns=files))
     except Exception as error:  # its HTTP client raises types of its own
         raise _no(entry, name, f"{repository} on the hub: {_first_line(error)}") from error
+    if damaged := _damaged(folder, entry if repository == entry.hub else None)[0]:
+        for file in damaged:
+            file.resolve().unlink()
+            file.unlink(missing_ok=True)
+        raise _no(entry, name, f"{repository} on the hub: {damaged[0].name} has another sha256 than it should")
+    return folder
+
+
+def _has_tokenizer(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(isinstance(try_to_load_from_cache(repository, file), str) for file in ("config.json", "tokenizer_config.json"))
+
+
+def _damaged(folder: Path, entry: catalog.Row | None) -> tuple[list[Path], int]:
+    """The files of a snapshot that differ from the row's or the hub's hash of them, and how many have one (small files do not)."""
+    own = {HUB_NEEDED[1]: entry.sha256} if entry else {}
+    known = [(file, expected) for file in sorted(folder.iterdir()) if (expected := own.get(file.name) or _hubs_hash(file))]
+    return [file for file, expected in known if sha256(file) != expected], len(known)
 
 
 def _first_line(error: Exception) -> str:
@@ -236,10 +256,8 @@ def verify(entry: catalog.Row) -> str:
     if path is None:
         return "half fetched" if partial(entry) else "missing"
     if path.is_dir():
-        expected = {file.name: (sha256(file), _hubs_hash(file)) for file in path.iterdir() if file.is_file()}
-        known = {name: pair for name, pair in expected.items() if pair[1]}
-        bad = [name for name, (found, wanted) in known.items() if found != wanted]
-        return f"damaged: {', '.join(bad)}" if bad else "sound" if known else "no reference"
+        bad, known = _damaged(path, entry)
+        return f"damaged: {', '.join(file.name for file in bad)}" if bad else "sound" if known else "no reference"
     sums = catalog.embedded() / "SHA256SUMS"
     table = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
     embedded = path.is_relative_to(catalog.embedded())

@@ -83,7 +83,11 @@ def weights_path(name: Annotated[str, typer.Argument(help="A name from `depthseg
     """Print where weights lie."""
     from depthseg import weights
 
-    typer.echo(weights.locate(catalog.pullable(name), name, fetch=False))
+    entry = catalog.pullable(name)
+    path = weights.find(entry)
+    if path is None:
+        raise DepthsegError(f"the weights of {name} are not on this machine", f"Fetch them: depthseg weights pull {name}", MISSING_PIECE)
+    typer.echo(path)
 
 
 @app.command("rm")

@@ -138,6 +138,22 @@ def test_options_that_exclude_each_other(run, pictures, tmp_path, monkeypatch, o
     assert code == 2 and "hint" in err and not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--detector", "yolov8m", "--classes", "persn"], "Did you mean person"),
+        (["--detector", "vitdet-b-lvis", "--classes", "aeroplan"], "Did you mean"),
+        (["--detector", "dfine-nano", "--detector-weights", "b.json"], "a folder, with a config.json"),
+        (["--detector", "yolov8m", "--detector-weights", "."], "are a file"),
+    ],
+)
+def test_a_detector_is_not_fetched_for_what_it_cannot_do(run, pictures, tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("b.json").write_text("[]")
+    code, _, err = run("segment", pictures, "-o", "out", *options, "--pull")
+    assert code == 2 and reason in err and not Path("out").exists()
+
+
 def test_a_run_writes_results_and_prints_only_the_folder(run, pictures, tmp_path):
     out = tmp_path / "out"
     code, stdout, stderr = run("segment", pictures, "-o", out)
@@ -203,7 +219,7 @@ def test_demo_needs_no_output(run, fake, tmp_path, monkeypatch):
         ("segment {pictures} -o {tmp}/o --precision fp8", 2, "fp8"),
         ("segment {pictures} -o {tmp}/o --batch 0", 2, "--batch"),
         ("segment {pictures} -o {tmp}/o --model efficientvit-sam-l0", 5, "--weights PATH"),
-        ("segment {pictures} -o {tmp}/o --detector yolov8m", 5, "--detector nano or grid"),
+        ("segment {pictures} -o {tmp}/o --detector yolov8m", 5, "--detector nano"),
         ("segment {pictures} -o {tmp}/o --depth nano", 5, "--depth FOLDER"),
         ("segment {pictures} -o {tmp}/o --weights {tmp}/w.pt", 2, "Check --weights"),
         ("segment {pictures} -o {tmp}/o --pull --boxes {tmp}/b.json", 2, "Check --boxes"),

@@ -85,7 +85,7 @@ def test_a_file_is_fetched_once(server, weights_cache, name):
 def test_what_is_no_file_leaves_nothing(server, weights_cache, name, reason):
     with pytest.raises(DepthsegError, match=reason) as error:
         weights.pull(row(server, name), "thing")
-    assert error.value.code == MISSING_PIECE and "--boxes FILE" in error.value.hint and "--weights" not in error.value.hint
+    assert error.value.code == MISSING_PIECE and "--detector nano" in error.value.hint and "--weights" not in error.value.hint
     assert [p for p in weights_cache.rglob("*") if p.is_file()] == []
 
 
@@ -302,20 +302,44 @@ def test_a_file_of_the_hub_lands_in_our_cache(server, tmp_path, weights_cache, m
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setenv("HF_ENDPOINT", server)
-    entry = catalog.MODELS["efficientvit-sam-l0"]
-    path = weights.pull(entry, "efficientvit-sam-l0")
-    assert asked == [(entry.hub, "efficientvit_sam_l0.pt")]
-    assert path == weights_cache / "efficientvit_sam_l0.pt" == catalog.find(entry) and path.read_bytes() == b"weights"
+    entry = catalog.MODELS["efficientvit-sam-l1"]
+    path = weights.pull(entry, "efficientvit-sam-l1")
+    assert asked == [(entry.hub, "efficientvit_sam_l1.pt")]
+    assert path == weights_cache / "efficientvit_sam_l1.pt" == catalog.find(entry) and path.read_bytes() == b"weights"
     assert sorted(p.name for p in weights_cache.iterdir()) == [path.name, weights.NOTES] and weights.locate(entry, "thing", False) == path
-    assert catalog.find(catalog.MODELS["efficientvit-sam-l0-depth"]) == path
+    assert catalog.find(catalog.MODELS["efficientvit-sam-l1-depth"]) == path
 
 
-def test_a_model_of_the_hub_stays_in_the_hubs_cache(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_of_the_hub_stays_in_the_hubs_cache(server, tmp_path, monkeypatch, whole):
     import huggingface_hub
 
+    blob = tmp_path / hashlib.sha256(BODY).hexdigest()
+    blob.write_bytes(BODY if whole else BODY[1:])
+    link = tmp_path / "owner" / "some" / "model.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, revision, allow_patterns: str(tmp_path / repo))
     monkeypatch.setenv("HF_ENDPOINT", server)
-    assert weights.pull(Row("", hub="owner/some"), "thing") == tmp_path / "owner/some"
+    if whole:
+        assert weights.pull(Row("", hub="owner/some"), "thing") == tmp_path / "owner/some"
+    else:
+        with pytest.raises(DepthsegError, match="has another sha256"):
+            weights.pull(Row("", hub="owner/some"), "thing")
+        assert not link.is_symlink() and not blob.exists()
+
+
+def test_a_tokenizer_is_fetched_although_the_checkpoint_is_here(weights_cache, monkeypatch):
+    """Somebody copied the .pth by hand; the detector cannot read without its tokenizer."""
+    weights_cache.mkdir(parents=True)
+    (weights_cache / "here.pth").write_bytes(b"x")
+    fetched = []
+    monkeypatch.setattr(weights, "_snapshot", lambda entry, name, repository, files: fetched.append(repository))
+    entry = Row("", {"words": "someone/bert"}, file="here.pth", url="http://127.0.0.1:9/here.pth")
+    assert weights.pull(entry, "thing") == weights_cache / "here.pth" and fetched == ["someone/bert"]
+    monkeypatch.setattr(weights, "_has_tokenizer", lambda repository: True)
+    weights.pull(entry, "thing")
+    assert len(fetched) == 1
 
 
 def test_offline_mode_is_respected(server, monkeypatch):
@@ -343,7 +367,7 @@ def test_state_in_a_word(tmp_path, weights_cache, monkeypatch):
     ("entry", "ways"),
     [
         (catalog.MODELS["efficientvit-sam-l0"], ["--weights PATH"]),
-        (catalog.DETECTORS["yolov8m"], ["--boxes FILE", "--detector nano or grid"]),
+        (catalog.DETECTORS["yolov8m"], ["--detector nano"]),
         (Row("", file="x", role="depth"), ["--depth FOLDER", "--depth nano"]),
     ],
 )
