@@ -46,6 +46,7 @@ WAYS = {  # how to go on without the weights of a model, a detector or a depth e
     "detector": f"use --detector nano, which is embedded, or {_PULL}",
     "depth": f"give --depth FOLDER with depth maps, use --depth nano, or {_PULL}",
     "boxes": "run `depthseg weights pull` on a machine with a network",
+    "teacher": "run `depthseg weights pull` on a machine with a network",
 }
 FREE_LICENCES = ("", "Apache-2.0")
 
@@ -243,6 +244,9 @@ _SHA256 = {
     "yolov8x.pt": "3df4ada6b4dad6d657868f2fdf7faecfb34dcfccf3a25c4b82079064718524c8",
     "groundingdino_swint_ogc.pth": "3b3ca2563c77c69f651d7bd133e97139c186df06231157a64c507099c52bc799",
     "groundingdino_swinb_cogcoor.pth": "46270f7a822e6906b655b729c90613e48929d0f2bb8b9b76fd10a856f3ac6ab7",
+    "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     "vitdet_h_coco.pkl": "8601bc52000c8a87960f3db6a9672596c5e06ce33bc30a3b8f96a96efe42ae60",
     "efficientvit_sam_l0.pt": "c4f994b01a16d48bcf2fbbb089448cfbf58fae5811edfa8113c953b8b8cc64b8",
     "depth-anything/Depth-Anything-V2-Small-hf": "3152477ce0d8d6978d76b995120de97cb5b928701fd0f817769f59e249a16b70",
@@ -301,7 +305,16 @@ BOXES = {  # what the published tables of EfficientViT-SAM were made with: detec
     )
     for name, megabytes in (("coco_vitdet", 38.1), ("coco_yolov8", 43.9), ("coco_groundingdino", 236), ("lvis_vitdet", 1310))
 }
-TABLES = {"model": MODELS, "depth": DEPTHS, "detector": DETECTORS, "boxes": BOXES}
+TEACHERS = _pinned({  # weights that can be fetched and verified; no command runs them yet
+    f"sam-vit-{size}": Row(
+        "", file=file, url=f"https://dl.fbaipublicfiles.com/segment_anything/{file}", input=1024, licence="Apache-2.0", role="teacher",
+        megabytes=megabytes, note="SAM, for distillation: no command runs it yet",
+    )
+    for size, file, megabytes in (
+        ("b", "sam_vit_b_01ec64.pth", 375.0), ("l", "sam_vit_l_0b3195.pth", 1249.5), ("h", "sam_vit_h_4b8939.pth", 2564.6),
+    )
+})  # fmt: skip
+TABLES = {"model": MODELS, "depth": DEPTHS, "detector": DETECTORS, "boxes": BOXES, "teacher": TEACHERS}
 
 
 def row(table: dict[str, Row], name: str, what: str) -> Row:
