@@ -18,9 +18,10 @@ import typer
 from depthseg import __version__, catalog
 from depthseg import options as opt
 from depthseg.errors import SOME_FAILED, DepthsegError
-from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, PROMPTS, RUN
+from depthseg.eval_cli import compare, evaluate
+from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, RUN
 from depthseg.plan import Plan
-from depthseg.terminal import downloads, duration, interruptible, number, progress, say, table, take, write_json
+from depthseg.terminal import downloads, duration, interruptible, progress, say, table, take
 from depthseg.weights_cli import app as weights_app
 
 FAILURES_SHOWN = 20  # failures.jsonl has them all
@@ -234,71 +235,8 @@ def detect(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command("eval")
-def evaluate(
-    images: Annotated[Path, typer.Option(help="Folder of the images.", rich_help_panel=INPUT, metavar="DIR")],
-    annotations: Annotated[
-        Path | None, typer.Option(help="COCO annotations (JSON); not for depth.", rich_help_panel=INPUT, metavar="FILE")
-    ] = None,
-    prompt: Annotated[
-        Literal["box", "point", "offline", "depth"],
-        typer.Option(
-            help="Ground-truth boxes, clicks on the mask, the detector or grid; depth scores the depth estimator alone.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = "box",
-    clicks: Annotated[str, typer.Option(help="point: score after so many clicks.", rich_help_panel=PROMPTS)] = "1,3,5",
-    subset: Annotated[int | None, typer.Option(min=1, help="Score only the first N images.", rich_help_panel=INPUT, metavar="N")] = None,
-    detector: opt.DetectorName = Plan.detector,
-    detector_weights: opt.DetectorWeights = Plan.detector_weights,
-    text: opt.Text = Plan.text,
-    classes: opt.Classes = Plan.classes,
-    confidence: opt.Confidence = Plan.confidence,
-    depth: opt.DepthName = Plan.depth,
-    model: opt.ModelName = Plan.model,
-    weights: opt.Weights = Plan.weights,
-    zoom: opt.Zoom = Plan.zoom,
-    device: opt.Device = Plan.device,
-    batch: opt.Batch = Plan.batch,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for report.json.", rich_help_panel=OUTPUT, metavar="DIR")
-    ] = None,
-    debug: opt.Debug = False,
-) -> None:
-    """Score a model against COCO ground truth.
-
-    [bold]depthseg eval --images val/ --annotations instances_val.json[/bold]\n
-    [bold]depthseg eval --images val/ --annotations instances_val.json --prompt point --clicks 1,3,5 -o report[/bold]
-    """
-    plan = Plan(
-        model=model, weights=weights, depth=depth, zoom=zoom, device=device, batch=batch, confidence=confidence,
-        detector=detector, detector_weights=detector_weights, text=text, classes=classes,
-    )  # fmt: skip
-    opt.check_names(plan)
-    try:
-        counts = tuple(int(n) for n in clicks.split(","))
-    except ValueError:
-        raise DepthsegError(f"--clicks {clicks} is not a list of numbers", "Write it like 1,3,5.") from None
-    if annotations is None and prompt != "depth":
-        raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
-    if output:
-        take(output)
-    with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
-        from depthseg.evaluate import evaluate as score
-
-        with progress("images") as show:
-            if annotations is None or prompt == "depth":
-                from depthseg.evaluate import evaluate_depth
-
-                report = evaluate_depth(images, _estimator(depth, device, "auto", pull=False).estimator, progress=show)
-            else:
-                report = score(images, annotations, prompt=prompt, clicks=counts, plan=plan, subset=subset, progress=show)
-                for note in report["notes"]:
-                    say(note)
-    if output:
-        write_json(output / "report.json", report)
-    table(["score", "value"], [[k, number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
-    typer.echo(report["protocol"])
+app.command("eval")(evaluate)
+app.command("compare")(compare)
 
 
 @app.command("depth")

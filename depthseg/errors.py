@@ -4,6 +4,7 @@ USAGE = 2  # a flag, a file or a combination of options is wrong
 SOME_FAILED = 3  # the run ended, but some images could not be read
 NOTHING_TO_DO = 4  # no input image matched
 MISSING_PIECE = 5  # weights, an optional extra or a device are not there
+REGRESSION = 6  # an expectation of eval or compare was not met
 
 
 class DepthsegError(Exception):

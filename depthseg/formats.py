@@ -203,7 +203,7 @@ def _beside(picture: PILImage.Image, depth: Array) -> PILImage.Image:
     out = PILImage.new("RGB", (2 * width + gap, height), (255, 255, 255))
     out.paste(picture)
     near = PILImage.fromarray(np.nan_to_num(depth).astype(np.float32)).resize(picture.size, PILImage.Resampling.BILINEAR)
-    panel = PILImage.fromarray(_ramp(np.asarray(near)))
+    panel = PILImage.fromarray(ramp(np.asarray(near)))
     font = ImageFont.load_default(size=max(12, round(max(picture.size) / 62)))
     ascent, descent = _metrics(font)
     tall, pad, bar = ascent + descent, max(4, ascent // 2), ascent * 6
@@ -215,13 +215,13 @@ def _beside(picture: PILImage.Image, depth: Array) -> PILImage.Image:
         draw = ImageDraw.Draw(panel)
         draw.text((x + pad, y + pad // 2), "far", (240, 240, 240), font)
         draw.text((x + wide - pad - ends[1], y + pad // 2), "near", (240, 240, 240), font)
-        colours = _ramp(np.tile(np.linspace(0, 1, bar, dtype=np.float32), (max(3, ascent * 2 // 3), 1)))
+        colours = ramp(np.tile(np.linspace(0, 1, bar, dtype=np.float32), (max(3, ascent * 2 // 3), 1)))
         panel.paste(PILImage.fromarray(colours), (x + 2 * pad + ends[0], y + (tall + pad - colours.shape[0]) // 2))
     out.paste(panel, (width + gap, 0))
     return out
 
 
-def _ramp(values: Array) -> Array:
+def ramp(values: Array) -> Array:
     """0..1 (h, w) -> uint8 RGB (h, w, 3), brighter is more."""
     at = np.linspace(0, len(_RAMP) - 1, 256)
     table = np.stack([np.interp(at, np.arange(len(_RAMP)), channel) for channel in _RAMP.T], 1).astype(np.uint8)

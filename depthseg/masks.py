@@ -65,7 +65,7 @@ def iou(a: Sequence[dict], b: Sequence[dict]) -> Array:
     return coco.iou(list(a), list(b), [0] * len(b))
 
 
-def _covered(a: Sequence[dict], b: Sequence[dict]) -> Array:
+def covered(a: Sequence[dict], b: Sequence[dict]) -> Array:
     """How much of every mask of `a` lies in every mask of `b`, float64 (len(a), len(b))."""
     if not len(a) or not len(b):
         return np.zeros((len(a), len(b)))
@@ -77,7 +77,7 @@ def outermost(rles: Sequence[dict], share: float = 0.8) -> Array:
     sizes = area(rles)
     if not len(sizes):
         return np.zeros(0, np.int64)
-    return np.nonzero(~((_covered(rles, rles) > share) & (sizes[None] > sizes[:, None])).any(1))[0]
+    return np.nonzero(~((covered(rles, rles) > share) & (sizes[None] > sizes[:, None])).any(1))[0]
 
 
 def stability(low: Array, offset: float = 1.0) -> Array:
@@ -149,7 +149,7 @@ def suppress(rles: Sequence[dict], scores: Array, threshold: float, boxes: Array
         near = np.flatnonzero(most > threshold * whole * (1 - 1e-9))  # 1e-9: rounding
         some = [rles[i] for i in left[near]]
         if nested:
-            overlap = _covered(some, [rles[best]])[:, 0] * size[left[near]] / np.maximum(whole[near], 1)
+            overlap = covered(some, [rles[best]])[:, 0] * size[left[near]] / np.maximum(whole[near], 1)
         else:
             overlap = iou(some, [rles[best]])[:, 0]
         left = np.delete(left, near[overlap > threshold])

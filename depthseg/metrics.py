@@ -3,14 +3,12 @@
 Knows no data set, no model and no report. Percentages unless a docstring says otherwise; None where nothing was there to measure.
 """
 
-import contextlib
-import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as coco
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import distance_transform_cdt
 
 from depthseg import masks
 
@@ -27,73 +25,60 @@ def mask_iou(truth: Sequence[dict], predicted: Sequence[dict]) -> Array:
     return both / (masks.area(truth) + masks.area(predicted) - both + 1e-7)  # EfficientViT-SAM's evaluation
 
 
-def miou(ious: Array, areas: Array) -> dict[str, float | None]:
+def miou(ious: Array, areas: Array, shared: bool = True) -> dict[str, float | None]:
     """Plain mean of IoUs (N,) (fractions) over annotations, all and by the annotation's area (N,), in percent.
 
-    EfficientViT-SAM's bins: an area exactly on a bound counts in both.
+    shared: an area exactly on a bound counts on both sides, as in EfficientViT-SAM's evaluation; otherwise above it only.
     """
     ious, areas = np.asarray(ious, float), np.asarray(areas, float)
     bins = {
         "miou": np.ones(len(areas), bool),
-        "miou_small": areas <= SMALL,
-        "miou_medium": (areas >= SMALL) & (areas <= LARGE),
+        "miou_small": areas <= SMALL if shared else areas < SMALL,
+        "miou_medium": (areas >= SMALL) & (areas <= LARGE if shared else areas < LARGE),
         "miou_large": areas >= LARGE,
     }
     return {name: float(100 * ious[chosen].mean()) if chosen.any() else None for name, chosen in bins.items()}
 
 
-def class_agnostic(truths: Sequence[Sequence[dict]], predictions: Sequence[tuple[Sequence[dict], Array]]) -> dict[str, float | None]:
-    """COCO's mask scores without classes, in percent, from a list of masks and a (masks, scores) pair for each image.
+def boundary_iou(truth: Sequence[dict], predicted: Sequence[dict], ratio: float = 0.02) -> Array:
+    """IoU of the inner rims of each pair of masks as a fraction, float64 (N,) (Cheng et al. 2021, Boundary IoU); 0 for empty masks.
 
-    ar_10, ar_100: recall, mean over IoU 0.50:0.95, of the best 10 or 100 predictions of an image
-    ap, ap_50: average precision over IoU 0.50:0.95 and at 0.50, best 100 predictions of an image
-    recall_50, precision_50: share of truths found and of predictions that are right at IoU 0.50, all predictions, no score cut
+    The rim is what erosion by a 3 x 3 square takes away, repeated for `ratio` of the image's diagonal; outside the image is background.
     """
-    if len(truths) != len(predictions):
-        raise ValueError(f"{len(truths)} images with truth, {len(predictions)} with predictions")
-    most = max([100, *(len(scores) for _, scores in predictions)])
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
-        run = COCOeval(_coco(truths), _coco([rles for rles, _ in predictions], [scores for _, scores in predictions]), "segm")
-        run.params.useCats = 0
-        run.params.maxDets = [10, 100, most]
-        run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
-        run.evaluate()
-        run.accumulate()
-    recall = run.eval["recall"][:, 0, 0]  # (IoU thresholds, limits)
-    precision = run.eval["precision"][:, :, 0, 0, 1]  # (IoU thresholds, recall levels), best 100
-    matches = [image["dtMatches"][0] > 0 for image in run.evalImgs if image]  # at IoU 0.50
-    hits = np.concatenate(matches) if matches else np.zeros(0)
-    return {
-        "ar_10": _percent(recall[:, 0]),
-        "ar_100": _percent(recall[:, 1]),
-        "recall_50": _percent(recall[0, 2]),
-        "precision_50": _percent(hits),
-        "ap_50": _percent(precision[0]),
-        "ap": _percent(precision),
-    }
+    out = np.zeros(len(truth))
+    for i, (t, p) in enumerate(zip(truth, predicted, strict=True)):
+        h, w = t["size"]
+        steps = max(1, round(ratio * math.hypot(h, w)))
+        both = masks.boxes([t, p])  # an empty mask has zeros: a larger window, no error
+        (x0, y0), (x1, y1) = both[:, :2].min(0).astype(int), both[:, 2:].max(0).astype(int)
+        a, b = (_rim(masks.decode(m)[y0:y1, x0:x1], steps) for m in (t, p))
+        out[i] = int(np.count_nonzero(a & b)) / max(1, int(np.count_nonzero(a | b)))
+    return out
 
 
-def _percent(values: Array) -> float | None:
-    """Mean in percent; None for no values or for -1, COCOeval's word for an absent one."""
-    values = np.asarray(values)
-    return float(100 * values.mean()) if values.size and values.min() > -1 else None
+def _rim(mask: Array, steps: int) -> Array:
+    """The pixels of a bool mask within `steps` of the background in the chessboard's distance; around the window is background."""
+    if not mask.any():
+        return mask
+    return mask & (distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1] <= steps)
 
 
-def _coco(rles: Sequence[Sequence[dict]], scores: Sequence[Array] | None = None) -> COCO:
-    """Masks per image as the object that COCOeval reads, with one category."""
-    found = COCO()
-    annotations: list[dict] = [
-        {"image_id": i, "category_id": 1, "iscrowd": 0, "segmentation": rle, "score": float(scores[i][j]) if scores else 1.0}
-        for i, image in enumerate(rles)
-        for j, rle in enumerate(image)
-    ]
-    areas = masks.area([a["segmentation"] for a in annotations])
-    for i, annotation in enumerate(annotations):
-        annotation.update(id=i + 1, area=int(areas[i]))  # ids from 1: COCOeval takes 0 for "no match"
-    images = [{"id": i, "height": 0, "width": 0} for i in range(len(rles))]  # sizes are asked for, but used for polygons only
-    found.dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1}]}
-    found.createIndex()
-    return found
+def depth_contrast(mask: Array, depth: Array, steps: int = 2) -> float | None:
+    """How far depth (h', w') in 0..1 jumps at the boundary of a bool mask (h, w): the difference of the medians of two thin rims.
+
+    The mask is sampled at the depth map's resolution, where a rim is `steps` pixels wide; None if one of the two is empty.
+    """
+    (h, w), (dh, dw) = mask.shape, depth.shape
+    small = mask[((np.arange(dh) + 0.5) * h / dh).astype(int)][:, ((np.arange(dw) + 0.5) * w / dw).astype(int)]
+    rows, columns = np.flatnonzero(small.any(1)), np.flatnonzero(small.any(0))
+    if not len(rows):
+        return None
+    top, left = max(0, rows[0] - steps), max(0, columns[0] - steps)
+    window = np.s_[top : rows[-1] + 1 + steps, left : columns[-1] + 1 + steps]
+    piece, near = small[window], depth[window]
+    inner = _rim(piece, steps)
+    outer = ~piece & (distance_transform_cdt(~np.pad(piece, 1), "chessboard")[1:-1, 1:-1] <= steps)
+    return abs(float(np.median(near[inner]) - np.median(near[outer]))) if inner.any() and outer.any() else None
 
 
 def depth_errors(inverse: Array, truth: Array) -> tuple[float, float]:

@@ -49,3 +49,15 @@ def _deepest(region: Array, clicked: Array) -> tuple[float, int, int]:
     y, x = divmod(int(depth.argmax()), window.shape[1])
     deepest = float(depth[y, x])
     return (deepest, left + x, top + y) if deepest else (0.0, 0, 0)
+
+
+def random_click(truth: Array, earlier: int, generator: np.random.Generator) -> tuple[int, int, bool]:
+    """The click after `earlier` others that were drawn by an equal generator: uniform in a bool mask (h, w), none twice; positive.
+
+    EfficientSAM's evaluation. A mask with too few pixels is clicked where it was before, an empty one at (0, 0).
+    """
+    pixels = np.flatnonzero(truth)
+    if not len(pixels):
+        return 0, 0, True
+    y, x = divmod(int(generator.permutation(pixels)[earlier % len(pixels)]), truth.shape[1])
+    return x, y, True

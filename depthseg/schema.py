@@ -226,6 +226,7 @@ class Masks:
     score: Array  # (N,) float32 detector score (predicted IoU where there is no detector)
     label: Array  # (N,) int64 category id
     names: dict[int, str] = field(default_factory=dict)  # category id -> name
+    prompt: Array | None = None  # (N,) int64 position of the prompt that each answers
 
     def __len__(self) -> int:
         return len(self.rle)
@@ -233,7 +234,8 @@ class Masks:
     def keep(self, index: Array) -> "Masks":
         """The instances at `index` (positions), in that order."""
         arrays = {n: getattr(self, n)[index] for n in ("box", "area", "predicted_iou", "stability", "score", "label")}
-        return replace(self, rle=[self.rle[i] for i in index], **arrays)
+        prompt = None if self.prompt is None else self.prompt[index]
+        return replace(self, rle=[self.rle[i] for i in index], prompt=prompt, **arrays)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,22 @@ from depthseg.detect.choose import Source, detector
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.numerics import PRECISIONS, inference
 from depthseg.plan import Plan
-from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Boxes, Depth, Frame, Image, Masks, Prompts, Record
+from depthseg.schema import (
+    ABSENT,
+    CORNER_MAX,
+    CORNER_MIN,
+    NEGATIVE,
+    POSITIVE,
+    PROMPT_SIDE,
+    Array,
+    Boxes,
+    Depth,
+    Frame,
+    Image,
+    Masks,
+    Prompts,
+    Record,
+)
 
 T = TypeVar("T")
 Seconds = defaultdict[str, float]  # by stage
@@ -115,6 +130,7 @@ class Segmenter:
             "precision": self.precision,
             "versions": {"depthseg": __version__, **{p: version(p) for p in ("torch", "timm", "transformers")}},
         }
+        self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU
         self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
         self._pull, self._progress = pull, progress
         self._chosen_rows: dict[str, catalog.Row] = {}  # by role and name
@@ -215,7 +231,7 @@ class Segmenter:
         def stage(name: str, call: Callable[[list[Image]], Sequence[T]]) -> dict[int, T]:
             """What `call` gives for the images that are left; those that it cannot take become failures."""
             with self._timed(spent, name):
-                results = dict(zip(images, _one_by_one_if_need_be(name, call, list(images.values()))))
+                results = dict(zip(images, one_by_one_if_need_be(name, call, list(images.values()))))
             for k, result in results.items():
                 if isinstance(result, Failure):
                     out[k] = result
@@ -327,7 +343,7 @@ class Segmenter:
         logits, iou = self.network.decode(
             encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask
         )
-        best = iou.argmax(1)  # before anything is enlarged
+        best = (_fit(logits, points, labels) if self.by_box else iou).argmax(1)  # before anything is enlarged
         every = torch.arange(len(best), device=best.device)
         return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
 
@@ -348,6 +364,16 @@ class Segmenter:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += time.perf_counter() - start
+
+
+def _fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:
+    """IoU (P, C) of each candidate, logits (P, C, s, s), with the prompt's own box; points (P, K, 2) in the prompt frame."""
+    at = (torch.arange(logits.shape[-1], device=logits.device) + 0.5) * PROMPT_SIDE / logits.shape[-1]
+    corners = [torch.from_numpy(points[labels == label]).to(logits.device) for label in (CORNER_MIN, CORNER_MAX)]  # each (P, 2)
+    (x0, y0), (x1, y1) = (c.T[..., None] for c in corners)
+    box = ((at >= y0) & (at <= y1))[:, None, :, None] & ((at >= x0) & (at <= x1))[:, None, None]
+    mask = logits > 0
+    return (mask & box).sum((2, 3)) / (mask | box).sum((2, 3)).clamp(min=1)
 
 
 def _whole(image: Image, depth: Array | None) -> View:
@@ -386,11 +412,11 @@ def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, 
         score, label, names = asked.score[prompt], asked.label[prompt], asked.names
     else:
         score, label, names = ious, np.ones(len(ious), np.int64) if labels is None else labels[prompt], {1: "object"}
-    result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names)
+    result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names, prompt)
     return result.keep(masks.suppress(rle, score, nms, nested=overlap == "share") if overlap else np.argsort(-score, kind="stable"))
 
 
-def _one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:
+def one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:
     """What `call` gives for the images; if it refuses them together, for each alone, with a Failure for the guilty."""
     if not images:
         return []
@@ -399,7 +425,7 @@ def _one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]
     except (DepthsegError, Unreadable) as error:
         if len(images) == 1:
             return [Failure(images[0], stage, getattr(error, "message", str(error)))]
-    return [result for image in images for result in _one_by_one_if_need_be(stage, call, [image])]
+    return [result for image in images for result in one_by_one_if_need_be(stage, call, [image])]
 
 
 def device_of(name: str) -> torch.device:

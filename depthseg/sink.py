@@ -105,7 +105,7 @@ class Sink:
             return
         try:
             earlier = json.loads(manifest.read_text("utf-8"))
-            plan, resolved, started = dict(earlier["plan"]), _resolved(earlier["extra"]), str(earlier["started"])
+            plan, made_by, started = dict(earlier["plan"]), resolved(earlier["extra"]), str(earlier["started"])
         except (ValueError, KeyError, TypeError):
             raise DepthsegError(f"{manifest} is not from a run of depthseg", "Choose an empty or a new folder.") from None
         if self.overwrite:
@@ -119,10 +119,8 @@ class Sink:
         new = self.plan.decisive()
         differ = [f"{name} (was {plan.get(name)!r}, is {new[name]!r})" for name in new if plan.get(name) != new[name]]
         # `auto` may mean something else by now, and a file may have changed under its name
-        now = _resolved(self.extra)
-        differ += [
-            f"{role} (was {resolved.get(role)}, is {now.get(role)})" for role in now | resolved if now.get(role) != resolved.get(role)
-        ]
+        now = resolved(self.extra)
+        differ += [f"{role} (was {made_by.get(role)}, is {now.get(role)})" for role in now | made_by if now.get(role) != made_by.get(role)]
         if differ:
             raise DepthsegError(f"{self.output} holds a run with other options: {', '.join(differ)}", _NEXT)
         self._started = started
@@ -268,7 +266,7 @@ def _stamp(image: Image) -> list[int] | None:
     return [about.st_size, about.st_mtime_ns] if about else None
 
 
-def _resolved(extra: dict) -> dict[str, str]:
+def resolved(extra: dict) -> dict[str, str]:
     """What made the masks, by role: names, with the hash of their file, and the precision."""
     roles = {
         k: " ".join(str(v[n]) for n in ("name", "sha256") if v.get(n)) for k, v in extra.items() if isinstance(v, dict) and "name" in v

@@ -47,6 +47,37 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def coco_file(pictures: Path, tmp_path: Path) -> Path:
+    """Annotations of the three pictures, one of each way to write a mask; the last is a crowd, and one has no area."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    from depthseg import masks
+
+    images, annotations = [], []
+    for n, name in enumerate(("a.png", "b.jpg", "sub/c.png"), 1):
+        w, h = Image.open(pictures / name).size
+        mask = np.zeros((h, w), bool)
+        mask[h // 4 : h // 2, w // 4 : 3 * w // 4] = True
+        x0, y0, x1, y1 = w // 4, h // 4, 3 * w // 4, h // 2
+        runs = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+        segmentation = {
+            1: [[x0, y0, x1, y0, x1, y1, x0, y1]],
+            2: masks.encode(mask),
+            3: {"size": [h, w], "counts": np.diff([0, *runs, mask.size]).tolist()},
+        }[n]
+        images.append({"id": n, "file_name": name, "height": h, "width": w})
+        common = {"id": n, "image_id": n, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        annotations.append({**common, "segmentation": segmentation, "area": int(mask.sum()), "iscrowd": int(n == 3)})
+    annotations.append({**annotations[0], "id": 9, "area": 0.4})
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}))
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data and parity files beside the repository; tests that need it are skipped without it."""

@@ -8,7 +8,6 @@ import signal
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -300,30 +299,6 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["1/4 images", "4/4 images"]
     assert all("images/s" in line and line.endswith(" left") for line in lines) and "\x1b" not in "".join(lines)
-
-
-def test_eval_prints_a_table_and_writes_a_report(run, tmp_path, monkeypatch):
-    asked = {}
-
-    def evaluate(images, annotations, **given):
-        asked.update(given, images=images, annotations=annotations)
-        given["progress"](1, 1)
-        scores = {"miou": 66.0, "miou_small": None, "images": 80}
-        return {"protocol": "one box each", **scores, "notes": ["depth: nano (embedded)"], "plan": {"zoom": True}}
-
-    monkeypatch.setitem(sys.modules, "depthseg.evaluate", SimpleNamespace(evaluate=evaluate))
-    words = "eval --images i --annotations a.json --prompt point --clicks 1,5 --zoom --subset 3 --model nano --depth none".split()
-    code, stdout, err = run(*words, "-o", tmp_path / "report")
-    assert code == 0, err
-    assert "miou " in stdout and "66.00" in stdout and "80" in stdout and "one box each" in stdout and "zoom" not in stdout
-    assert "depth: nano (embedded)" in err and "embedded" not in stdout
-    assert json.loads((tmp_path / "report" / "report.json").read_text())["miou"] == 66.0
-    assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.json"]
-    del asked["progress"]
-    plan = Plan(model="nano", depth="none", zoom=True)
-    assert asked == {
-        "images": Path("i"), "annotations": Path("a.json"), "prompt": "point", "clicks": (1, 5), "plan": plan, "subset": 3,
-    }  # fmt: skip
 
 
 def test_train_fills_a_train_plan(run, monkeypatch, tmp_path):

@@ -10,11 +10,12 @@ from PIL import Image as PILImage
 from pycocotools import mask as coco
 from torch import nn
 
-from depthseg import masks, metrics, prompts
+from depthseg import masks, metrics, prompts, truth
 from depthseg.errors import DepthsegError
-from depthseg.evaluate import evaluate, filled_box, inscribed_ellipse, read_truth
+from depthseg.evaluate import Request, from_file, other_depth, run, segmenter_for
 from depthseg.plan import Plan
 from depthseg.schema import Boxes, Prompts
+from depthseg.score import filled_box, inscribed_ellipse
 from depthseg.segment import Segmenter, View
 
 
@@ -75,128 +76,256 @@ def coco_file(pictures, tmp_path) -> Path:
     return path
 
 
-def segmenter(plan: Plan, source=lambda images: []) -> Segmenter:
-    return Segmenter(plan, network=Bright(), source=source)
+def segmenter(plan: Plan, source=lambda images: [], network=None) -> Segmenter:
+    return Segmenter(plan, network=network or Bright(), source=source)
 
 
-def test_truth_is_read_from_polygons_and_both_kinds_of_rle(pictures, coco_file):
-    truths = read_truth(pictures, coco_file)
-    assert [len(t.rle) for t in truths] == [1, 1, 1] and [t.crowd.tolist() for t in truths] == [[False], [False], [True]]
-    for t in truths:
-        h, w = t.image.size
-        assert masks.decode(t.rle[0])[h // 4 : h // 2, w // 4 : 3 * w // 4].all() and masks.area(t.rle)[0] == h // 4 * (w // 2)
-        assert t.box[0] == pytest.approx([w // 4, h // 4, 3 * w // 4, h // 2]) and isinstance(t.rle[0]["counts"], str)
-    assert len(read_truth(pictures, coco_file, subset=2)) == 2
-
-
-def test_an_image_is_found_by_its_id_in_twelve_digits(pictures, coco_file):
-    (pictures / "a.png").rename(pictures / "000000000001.png")
-    assert read_truth(pictures, coco_file)[0].image.path == pictures / "000000000001.png"
+def ask(pictures, coco_file, folder, request=None, plan=None, ready=None, **given) -> dict:
+    request, plan = request or Request(), plan or Plan(zoom=False)
+    ready = ready or segmenter(plan)
+    return run(truth.read(pictures, coco_file), ready, request, folder, pictures=False, **given)
 
 
 @pytest.mark.parametrize("zoom", [False, True])
-def test_boxes(pictures, coco_file, zoom):
+def test_boxes(pictures, coco_file, tmp_path, zoom):
     seen = []
-    plan = Plan(batch=2, zoom=zoom)
-    report = evaluate(pictures, coco_file, plan=plan, progress=lambda *at: seen.append(at), segmenter=segmenter(plan))
-    assert report["images"] == report["annotations"] == 3 and seen == [(2, 3), (3, 3)]
-    assert 80 < report["miou"] <= 100 and report["miou"] == report["miou_small"] and report["miou_large"] is None
-    assert report["baseline_box"] == pytest.approx(100, abs=1e-3) and 65 < report["baseline_ellipse"] < 90
-    assert report["iou_correlation"] is None and ("zoom" in report["protocol"]) == zoom  # a constant prediction has none
-    assert json.loads(json.dumps(report))["plan"]["batch"] == 2
+    report = ask(pictures, coco_file, tmp_path / "o", plan=Plan(batch=2, zoom=zoom), progress=lambda *at: seen.append(at))
+    assert report["state"]["done"] == 3 and seen == [(1, 3), (2, 3), (3, 3)]
+    m = report["metrics"]
+    assert 80 < m["miou"] <= 100 and m["miou"] == m["miou_small"] and m["miou_large"] is None
+    assert m["baseline_box"] == pytest.approx(100, abs=1e-3) and 65 < m["baseline_ellipse"] < 90
+    assert m["iou_correlation"] is None and ("zoom" in str(report["protocol_in_words"])) == zoom  # a constant prediction has none
+    assert json.loads((tmp_path / "o" / "report.json").read_text()) == report and report["schema_version"] == 1
+    low, high = report["intervals"]["miou"]
+    assert low <= m["miou"] <= high
+    results = json.loads((tmp_path / "o" / "predictions.json").read_text())
+    assert [r["annotation_id"] for r in results] == [1, 2, 3]  # 9 has no pixel
+    assert (
+        metrics.mask_iou([r["segmentation"] for r in results], [t.rle[0] for t in truth.read(pictures, coco_file).truths]).mean() * 100
+        == m["miou"]
+    )
 
 
-def test_correlation_is_that_of_predicted_and_true_iou(pictures, coco_file):
+def test_the_strict_protocol_leaves_crowds_out(pictures, coco_file, tmp_path):
+    report = ask(pictures, coco_file, tmp_path / "o", Request(protocol="strict"))
+    assert len(json.loads((tmp_path / "o" / "predictions.json").read_text())) == 2 and "left out" in str(report["protocol_in_words"])
+
+
+def test_the_box_of_efficientsam_is_that_of_the_mask(pictures, coco_file, tmp_path):
+    table = json.loads(coco_file.read_text())
+    for annotation in table["annotations"]:
+        annotation["bbox"] = [0, 0, 5, 5]
+    coco_file.write_text(json.dumps(table))
+    good, bad = (ask(pictures, coco_file, tmp_path / p, Request(protocol=p))["metrics"]["miou"] for p in ("efficientsam", "official"))
+    assert good > 80 > bad
+
+
+def test_correlation_is_that_of_predicted_and_true_iou(pictures, coco_file, tmp_path):
     class Sure(Bright):
         def decode(self, features, owner, points, *rest):
             logits, _ = super().decode(features, owner, points, *rest)
             return logits, torch.linspace(0, 1, 3)[None] + torch.arange(len(owner))[:, None]
 
     plan = Plan(batch=3)
-    report = evaluate(pictures, coco_file, plan=plan, segmenter=Segmenter(plan, network=Sure(), source=lambda images: []))
-    assert report["iou_correlation"] is not None and -1 <= report["iou_correlation"] <= 1
+    report = ask(pictures, coco_file, tmp_path / "o", plan=plan, ready=segmenter(plan, network=Sure()))
+    value = report["metrics"]["iou_correlation"]
+    assert value is not None and -1 <= value <= 1
 
 
-def test_clicks_come_out_of_one_pass_and_equal_separate_ones(pictures, coco_file):
-    def run(clicks, batch):
+def test_clicks_come_out_of_one_pass_and_equal_separate_ones(pictures, coco_file, tmp_path):
+    def clicked(clicks, batch):
         plan = Plan(batch=batch, prompt_batch=2)
         ready = segmenter(plan)
-        report = evaluate(pictures, coco_file, plan=plan, prompt="point", clicks=clicks, segmenter=ready)
+        report = ask(pictures, coco_file, tmp_path / f"{clicks}{batch}", Request("point", clicks), plan, ready)
         assert ready.network.encoded == 3  # features once for each image, whatever the number of rounds
-        return {k: v for k, v in report.items() if k.startswith("miou")}
+        return {k: v for k, v in report["metrics"].items() if k.startswith("miou")}
 
-    together = run((1, 2, 3), 2)
+    together = clicked((1, 2, 3), 2)
     assert set(together) == {f"miou_{n}{size}" for n in (1, 2, 3) for size in ("", "_small", "_medium", "_large")}
-    apart = {k: v for n in (1, 2, 3) for k, v in run((n,), 1).items()}
-    assert together.keys() == apart.keys()
-    for name, value in together.items():
-        assert value == (None if apart[name] is None else pytest.approx(apart[name]))
-    assert 50 < together["miou_1"] < together["miou_2"]
+    apart = {k: v for n in (1, 2, 3) for k, v in clicked((n,), 1).items()}
+    assert together == apart and 50 < together["miou_1"] < together["miou_2"]
 
 
-def test_the_second_click_goes_to_the_error_of_the_first(pictures, coco_file):
-    """The rounds of `evaluate` against the protocol written down for one mask."""
+def test_the_second_click_goes_to_the_error_of_the_first(pictures, coco_file, tmp_path):
+    """The rounds of `run` against the protocol written down for one mask."""
     plan = Plan()
-    report = evaluate(pictures, coco_file, plan=plan, prompt="point", clicks=(3,), subset=1, segmenter=segmenter(plan))
-    (truth,) = read_truth(pictures, coco_file, subset=1)
-    one, mask = segmenter(plan), masks.decode(truth.rle[0])
-    pixels = np.asarray(PILImage.open(truth.image.path).convert("RGB"))
-    encoded = one.encode([View(pixels, None, truth.image.size)], 64)
+    data = truth.read(pictures, coco_file, only=["a.png"])
+    report = run(data, segmenter(plan), Request("point", (3,)), tmp_path / "o", pictures=False)
+    one, mask = segmenter(plan), masks.decode(data.truths[0].rle[0])
+    pixels = np.asarray(PILImage.open(data.truths[0].image.path).convert("RGB"))
+    encoded = one.encode([View(pixels, None, data.truths[0].image.size)], 64)
     seen, xy, signs = np.zeros_like(mask), np.zeros((0, 2), int), []
     for _ in range(3):
         x, y, positive = prompts.next_click(mask, seen, xy)
         xy, signs = np.concatenate([xy, [[x, y]]]), [*signs, int(positive)]
         ((answer,),) = one.decode(encoded, [Prompts.of(points=[xy], signs=[signs])])
         seen = masks.decode(answer.rle)
-    assert report["miou_3"] == pytest.approx(100 * metrics.mask_iou(truth.rle, [answer.rle])[0])
+    assert report["metrics"]["miou_3"] == pytest.approx(100 * metrics.mask_iou(data.truths[0].rle[:1], [answer.rle])[0])
 
 
-def test_offline_leaves_crowds_out(pictures, coco_file):
+def test_random_clicks_lie_inside_and_are_the_same_again(pictures, coco_file, tmp_path):
+    first, again, other = (
+        ask(pictures, coco_file, tmp_path / str(n), Request("point", (1, 3), "efficientsam", seed))["metrics"]
+        for n, seed in enumerate((0, 0, 5))
+    )
+    assert first == again and first != other
+    mask = np.zeros((6, 7), bool)
+    mask[2:4, 3:6] = True
+    clicks = [prompts.random_click(mask, n, np.random.default_rng(1)) for n in range(6)]
+    assert len(set(clicks)) == 6 and all(mask[y, x] and positive for x, y, positive in clicks)
+
+
+def exact(names=None):
+    """A detector that finds what the annotations of the fixture are about, with a second, worse box."""
+
     def source(images):
         return [
-            Boxes(np.array([[w // 4, h // 4, 3 * w // 4, h // 2]], np.float32), np.ones(1, np.float32), np.ones(1, np.int64))
+            Boxes(
+                np.array([[w // 4, h // 4, 3 * w // 4, h // 2], [0, 0, w, h]], np.float32),
+                np.array([0.9, 0.2], np.float32),
+                np.array([4, 4], np.int64),
+                names or {},
+            )
             for h, w in (image.size for image in images)
         ]
 
+    if names:
+        source.names = names
+    return source
+
+
+def test_classes_of_a_detector_are_found_by_name(pictures, coco_file, tmp_path):
     plan = Plan()
-    report = evaluate(pictures, coco_file, plan=plan, prompt="offline", segmenter=segmenter(plan, source))
-    assert report["masks"] == 3 and report["recall_50"] == pytest.approx(100)
+    ready = segmenter(plan, exact({4: "Thing", 5: "thing else"}))
+    report = ask(pictures, coco_file, tmp_path / "o", Request("detector"), plan, ready)
+    assert {r["category_id"] for r in json.loads((tmp_path / "o" / "predictions.json").read_text())} == {1}
+    assert report["metrics"]["ap50"] == pytest.approx(100) and any("thing else" in w for w in report["warnings"])
+    assert report["errors"]["truth"] == {"found": 3, "poor_mask": 0, "wrong_class": 0, "missed": 0} or report["errors"]["box_recall"] > 0
+    with pytest.raises(DepthsegError, match="of the detector's 2 classes"):
+        ask(pictures, coco_file, tmp_path / "p", Request("detector"), plan, segmenter(plan, exact({4: "cat", 5: "dog"})))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "word"),
-    [
-        (lambda table: "not json", "not a COCO instances file"),
-        (lambda table: [1, 2], "not a COCO instances file"),
-        (lambda table: {"images": []}, "not a COCO instances file"),
-        (lambda table: {"images": [], "annotations": []}, "lists no images"),
-        (lambda table: {**table, "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}, "not a COCO instances file"),
-        (lambda table: {**table, "images": [{**table["images"][0], "file_name": "z.png", "id": 77}]}, "z.png is not in"),
-    ],
-)
-def test_what_is_no_truth_is_refused(pictures, coco_file, spoil, word):
-    changed = spoil(json.loads(coco_file.read_text()))
-    coco_file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    with pytest.raises(DepthsegError, match=word):
-        evaluate(pictures, coco_file, plan=Plan())
-    with pytest.raises(DepthsegError, match="cannot read"):
-        evaluate(pictures, coco_file.with_name("nowhere.json"), plan=Plan())
+def test_a_detector_without_names_is_scored_without_classes(pictures, coco_file, tmp_path):
+    plan = Plan()
+    report = ask(pictures, coco_file, tmp_path / "o", Request("detector", agnostic=True), plan, segmenter(plan, exact()))
+    assert report["metrics"]["recall_50"] > 50 and report["agnostic"] and report["metrics"]["predictions"] == 6
 
 
-def test_an_unreadable_image_or_another_size_ends_the_run(pictures, coco_file):
+def test_boxes_of_a_file_find_their_images_by_the_ids_of_the_annotations(pictures, coco_file, tmp_path):
+    boxes = tmp_path / "boxes.json"
+    table = json.loads(coco_file.read_text())
+    found = [{"image_id": a["image_id"], "category_id": 1, "bbox": a["bbox"], "score": 0.5} for a in table["annotations"][:3]]
+    boxes.write_text(json.dumps([*found, {**found[0], "category_id": 77}]))
+    data, plan, request = truth.read(pictures, coco_file), Plan(model="nano", boxes=str(boxes)), Request("detector")
+    ready = segmenter_for(data, plan, request)
+    ready.network, ready.zoom = Bright(), False
+    report = run(data, ready, request, tmp_path / "o", pictures=False)
+    assert report["metrics"]["predictions"] == 3 and report["metrics"]["ap50"] > 60  # of annotation 9, too small to see, nothing is known
+    assert any("id 77" in warning for warning in report["warnings"])
+    assert report["provenance"]["detector"]["name"] == "boxes"
+    boxes.write_text(json.dumps([{**found[0], "category_id": 77}, {**found[0], "category_id": 78}]))
+    with pytest.raises(DepthsegError, match="most category ids"):
+        run(data, segmenter_for(data, plan, request), request, tmp_path / "p", pictures=False)
+
+
+def test_a_stopped_run_goes_on_and_ends_alike(pictures, coco_file, tmp_path):
+    plan = Plan(batch=1, zoom=False)
+    whole = ask(pictures, coco_file, tmp_path / "whole", plan=plan)
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(pictures, coco_file, tmp_path / "o", plan=plan, progress=stop)
+    journal = tmp_path / "o" / "predictions.jsonl"
+    assert len(journal.read_text().splitlines()) == 2
+    with open(journal, "a") as file:
+        file.write('{"image_id": 3, "resul')  # torn by a crash
+    ready = segmenter(plan)
+    report = ask(pictures, coco_file, tmp_path / "o", plan=plan, ready=ready)
+    assert ready.network.encoded == 1 and report["metrics"] == whole["metrics"]
+    assert (tmp_path / "o" / "predictions.json").read_bytes() == (tmp_path / "whole" / "predictions.json").read_bytes()
+    with pytest.raises(DepthsegError, match=r"plan\.zoom \(was False, is True\)"):
+        ask(pictures, coco_file, tmp_path / "o", plan=Plan(zoom=True))
+    with pytest.raises(DepthsegError, match="protocol"):
+        ask(pictures, coco_file, tmp_path / "o", Request(protocol="strict"), plan=plan)
+    assert ask(pictures, coco_file, tmp_path / "o", Request(protocol="strict"), plan=plan, overwrite=True)["state"]["done"] == 3
+
+
+@pytest.mark.parametrize("request_", [Request(), Request("point", (1,))])
+def test_an_image_that_cannot_be_used_is_told_and_not_scored(pictures, coco_file, tmp_path, request_):
     PILImage.new("RGB", (5, 5)).save(pictures / "a.png")
-    with pytest.raises(DepthsegError, match=r"a\.png has"):
-        evaluate(pictures, coco_file, plan=Plan(), segmenter=segmenter(Plan()))
-    (pictures / "a.png").write_bytes(b"")
-    with pytest.raises(DepthsegError, match=r"a\.png cannot be read"):
-        evaluate(pictures, coco_file, plan=Plan(), segmenter=segmenter(Plan()))
+    (pictures / "b.jpg").write_bytes(b"")
+    report = ask(pictures, coco_file, tmp_path / "o", request_)
+    failed = {f["key"]: f["reason"] for f in report["state"]["failed"]}
+    assert set(failed) == {"a.png", "b.jpg"} and "5 x 5" in failed["a.png"] and report["state"]["done"] == 1
+    assert report["dataset"]["images"] == 1 and report["state"]["images"] == 3
+    (pictures / "sub" / "c.png").unlink()
+    with pytest.raises(DepthsegError, match="no image could be used"):
+        ask(pictures, coco_file, tmp_path / "p", request_)
 
 
-def test_unknown_prompts_and_clicks_are_refused(pictures, coco_file):
+def test_predictions_of_a_file_give_the_report_of_the_run(pictures, coco_file, tmp_path):
+    data = truth.read(pictures, coco_file)
+    for n, request in enumerate((Request(), Request("point", (1, 2)), Request("detector", agnostic=True))):
+        plan = Plan(zoom=False)
+        first = run(data, segmenter(plan, exact()), request, tmp_path / f"a{n}", pictures=False)
+        second = from_file(data, tmp_path / f"a{n}" / "predictions.json", request, tmp_path / f"b{n}", pictures=False)
+        assert first["metrics"] == second["metrics"] and first["per_class"] == second["per_class"]
+
+
+class Deep(Bright):
+    """Sees what is near: masks follow the depth map, if there is one."""
+
+    alpha = nn.Parameter(torch.ones(()))
+
+    def encode(self, rgb, depth=None):
+        (features,) = super().encode(rgb)
+        return (features if depth is None else features * 0 + 10 * nn.functional.avg_pool2d(depth.mean(1, keepdim=True), 2),)
+
+
+def test_the_ablation_of_depth(pictures, coco_file, tmp_path):
+    def near(images):
+        out = []
+        for h, w in (image.size for image in images):
+            depth = np.zeros((h, w), np.float32)
+            depth[h // 4 : h // 2, w // 4 : 3 * w // 4] = 1
+            out.append(depth)
+        return out
+
+    plan = Plan(zoom=False)
+    ready = Segmenter(plan, network=Deep(), source=lambda images: [], depth=near)
+    report = ask(pictures, coco_file, tmp_path / "o", plan=plan, ready=ready, ablate=True)
+    modes = report["ablation"]["modes"]
+    assert (
+        set(modes) == {"on", "off", "constant", "shuffled"} and modes["on"]["miou"] == report["metrics"]["miou"] > modes["constant"]["miou"]
+    )
+    of = {(d["mode"], d["metric"]): d for d in report["ablation"]["differences"]}
+    assert of["constant", "miou"]["value"] == pytest.approx(modes["on"]["miou"] - modes["constant"]["miou"])
+    assert of["constant", "miou"]["low"] <= of["constant", "miou"]["value"] <= of["constant", "miou"]["high"]
+    assert ready.depth is near and all(
+        (tmp_path / "o" / "ablation" / m / "predictions.json").exists() for m in ("off", "constant", "shuffled")
+    )
+    results = json.loads((tmp_path / "o" / "predictions.json").read_text())
+    assert all(r["depth_contrast"] == 1 for r in results)
+    with pytest.raises(DepthsegError, match="no depth to be changed"):
+        ask(pictures, coco_file, tmp_path / "p", ablate=True)
+
+
+def test_shuffled_depth_is_that_of_another_image(pictures, coco_file):
+    data = truth.read(pictures, coco_file)
+    keys = []
+    other = other_depth("shuffled", lambda images: [keys.append(image.key) for image in images], data)
+    other([t.image for t in data.truths])
+    assert sorted(keys) == sorted(t.image.key for t in data.truths) and all(a != t.image.key for a, t in zip(keys, data.truths))
+
+
+def test_unknown_prompts_and_clicks_are_refused():
     with pytest.raises(DepthsegError, match="no prompt"):
-        evaluate(pictures, coco_file, plan=Plan(), prompt="word")
+        Request("word")
     with pytest.raises(DepthsegError, match="clicks"):
-        evaluate(pictures, coco_file, plan=Plan(), prompt="point", clicks=(0, 1))
+        Request("point", (0, 1))
 
 
 def polygon(box, size, ellipse: bool) -> dict:
@@ -214,7 +343,7 @@ def test_geometry_alone_on_coco(shared):
     folder = shared / "data" / "coco-mini"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data/coco-mini")
-    truths = read_truth(folder / "images", folder / "annotations" / "instances_val.json")
+    truths = truth.read(folder / "images", folder / "annotations" / "instances_val.json").truths
     area = np.concatenate([t.area for t in truths])
     assert len(area) == 815 and sum(t.crowd.sum() for t in truths) == 11
     for shape, known in ((inscribed_ellipse, 62.4), (filled_box, 58.4)):

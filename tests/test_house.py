@@ -19,17 +19,18 @@ README = ROOT / "README.md"
 # names in the table of names; a test below resolves them all.
 LAYERS = {
     "ground": "depthseg errors plan catalog",
-    "data": "schema masks prompts data sink formats metrics sa1b augment",
+    "data": "schema masks prompts data sink formats metrics sa1b augment "
+    "truth protocols predictions ap score published report gallery compare",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
     "segment": "segment",
     "verbs": "evaluate train bench",
-    "edge": "options terminal weights_cli cli __main__",
+    "edge": "options terminal weights_cli eval_cli cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
-    "data": {"numpy", "PIL", "pycocotools", "scipy"},
+    "data": {"numpy", "PIL", "pycocotools", "scipy", "lvis"},
     "tensors": {"torch", "torchvision", "timm", "safetensors"},
     "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
@@ -37,7 +38,7 @@ FOREIGN = {  # third parties that each layer may use, beside the standard librar
     "edge": {"typer", "rich"},
 }
 HEAVY = ("torch", "numpy", "PIL", "transformers")
-VERBS = ("segment", "detect", "eval", "depth", "train", "bench", "models", "weights")
+VERBS = ("segment", "detect", "eval", "compare", "depth", "train", "bench", "models", "weights")
 
 
 def files():

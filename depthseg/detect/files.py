@@ -145,7 +145,8 @@ class BoxesFile:
     An entry has bbox [x, y, w, h] in pixels and file_name or image_id; a missing score is 1, and so is a missing category_id.
     A category_name is shown where no table of categories says another.
     All boxes are used, unless `confidence` or `max_boxes` says otherwise.
-    images_json: a COCO file whose images say which image an image_id is; without it, image_id 139 is 000000000139.jpg.
+    images_json: a COCO file whose images say which image an image_id is, or images: that list itself; without them, image_id 139
+    is 000000000139.jpg.
     The whole file is checked here; DepthsegError names the file, the entry and the field.
     """
 
@@ -155,6 +156,7 @@ class BoxesFile:
         confidence: float | None = None,
         max_boxes: int | None = None,
         images_json: str | Path | None = None,
+        images: list[dict] | None = None,
     ):
         content = _read_json(Path(path))
         extra = _read_json(Path(images_json)) if images_json else None
@@ -163,12 +165,13 @@ class BoxesFile:
         if extra is not None and "images" not in tables:
             raise DepthsegError(f"{images_json} has no 'images'", "Give a COCO annotation file.")
         listed: Any = whole.get("annotations", content)
+        images = tables.get("images") if images is None else images
         self.confidence, self.max_boxes = -math.inf if confidence is None else confidence, max_boxes
-        self._entries = entries = _Entries(Path(path), listed, tables.get("images"))
-        self._names = {
+        self._entries = entries = _Entries(Path(path), listed, images)
+        self.names = {
             e["category_id"]: str(e["category_name"]) for e in listed if "category_name" in e and type(e.get("category_id")) is int
         }
-        self._names |= _category_names(Path(path), whole.get("categories") or tables.get("categories"))
+        self.names |= _category_names(Path(path), whole.get("categories") or tables.get("categories"))
         self._xyxy = np.zeros((len(listed), 4))
         self._score = np.ones(len(listed), np.float32)
         self._label = np.ones(len(listed), np.int64)
@@ -184,12 +187,17 @@ class BoxesFile:
     def __call__(self, images: list[Image]) -> list[Boxes]:
         rows = [np.array(self._entries.of(image.key), int) for image in images]
         return [
-            Boxes.best(self._xyxy[r], self._score[r], self._label[r], self._names, image.size, self.confidence, self.max_boxes)
+            Boxes.best(self._xyxy[r], self._score[r], self._label[r], self.names, image.size, self.confidence, self.max_boxes)
             for image, r in zip(images, rows)
         ]
 
     def __len__(self) -> int:
         return len(self._label)
+
+    @property
+    def labels(self) -> list[int]:
+        """The category ids that occur."""
+        return np.unique(self._label).tolist()
 
     def expect(self, keys: Iterable[str]) -> list[str]:
         """Bind the entries to the keys of all images of a run: the name of each entry that is about none of them.

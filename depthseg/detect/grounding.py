@@ -48,7 +48,7 @@ class GroundingDino:
         self.precision = precision
         self.confidence, self.max_boxes = confidence, min(max_boxes, MOST)
         self._network = network.to(self.device)
-        self._names = tables.vocabulary(classes)
+        self.names = tables.vocabulary(classes)
         self._prompts = list(self._packed())
 
     def _open(self, folder: Path) -> tuple[Any, Any]:
@@ -68,7 +68,7 @@ class GroundingDino:
             raise DepthsegError("the tokenizer knows no words", "Its vocabulary is missing: fetch it again.", MISSING_PIECE)
         ids: list[int] = [start]
         spans: list[tuple[int, slice]] = []
-        for category, name in self._names.items():
+        for category, name in self.names.items():
             own = t(tables.words(name), add_special_tokens=False)["input_ids"]
             if not own or len(own) > TOKENS - 3:
                 raise DepthsegError(f"'{name[:60]}' is no phrase that fits a prompt of {TOKENS} tokens", "Shorten it.")
@@ -106,7 +106,7 @@ class GroundingDino:
 
     def _boxes(self, image: Image, xyxy: Array, score: Array, label: Array) -> Boxes:
         h, w = image.size
-        return Boxes.best(xyxy * np.array([w, h, w, h]), score, label, self._names, image.size, self.confidence, self.max_boxes)
+        return Boxes.best(xyxy * np.array([w, h, w, h]), score, label, self.names, image.size, self.confidence, self.max_boxes)
 
 
 def _size(h: int, w: int) -> tuple[int, int]:

@@ -40,9 +40,9 @@ class HubDetector:
         catalog.there(Path(folder) / "preprocessor_config.json", Path(folder).name, "detector")
         self._processor = RTDetrImageProcessorPil.from_pretrained(folder, local_files_only=True)
         names = network.config.id2label
-        self._names = tables.table([names[i] for i in sorted(names)])
-        self._ids = np.array(list(self._names))
-        self._only = tables.choose(classes, self._names, "this detector")
+        self.names = tables.table([names[i] for i in sorted(names)])
+        self._ids = np.array(list(self.names))
+        self._only = tables.choose(classes, self.names, "this detector")
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
         from depthseg.numerics import inference
@@ -63,4 +63,4 @@ class HubDetector:
         if self._only is not None:
             keep = np.isin(label, self._only)
             xyxy, score, label = xyxy[keep], score[keep], label[keep]
-        return Boxes.best(xyxy, score, label, self._names, image.size, self.confidence, self.max_boxes)
+        return Boxes.best(xyxy, score, label, self.names, image.size, self.confidence, self.max_boxes)

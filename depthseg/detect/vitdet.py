@@ -35,7 +35,7 @@ class ViTDet:
     ):
         path = catalog.there(path, "ViTDet", "detector")
         known = tables.lvis() if data == "lvis" else tables.COCO
-        self._ids, self._names = np.array(list(known)), known
+        self._ids, self.names = np.array(list(known)), known
         chosen = tables.choose(classes, known, "ViTDet")
         self._only = None if chosen is None else [list(known).index(i) for i in chosen]
         import torch
@@ -67,4 +67,4 @@ class ViTDet:
         xyxy, score, index = answer
         (h, w), (ih, iw) = frame.size, frame.inner
         scaled = xyxy * np.array([w / iw, h / ih] * 2)
-        return Boxes.best(scaled, score, self._ids[index], self._names, frame.size, self.confidence, self.max_boxes)
+        return Boxes.best(scaled, score, self._ids[index], self.names, frame.size, self.confidence, self.max_boxes)

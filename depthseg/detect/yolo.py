@@ -64,7 +64,7 @@ class Yolo:
         self._half = precision == "fp16" and self.device.type == "cuda"
         try:
             self._model = network(str(path), verbose=False)
-            self._names = {int(i): str(name) for i, name in self._model.names.items()}
+            self.names = {int(i): str(name) for i, name in self._model.names.items()}
         except Exception as e:  # whatever unpickling a foreign file may raise
             reason = str(e).strip().splitlines() or [type(e).__name__]
             raise DepthsegError(
@@ -73,11 +73,11 @@ class Yolo:
             ) from e
         if self._model.task not in ("detect", "segment"):
             raise DepthsegError(f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model.")
-        count = max(self._names, default=-1) + 1
-        known = tables.table([self._names.get(i, "") for i in range(count)])
+        count = max(self.names, default=-1) + 1
+        known = tables.table([self.names.get(i, "") for i in range(count)])
         self._ids = list(known)
-        self._names = {self._ids[i]: known[self._ids[i]] for i in self._names}
-        chosen = tables.choose(classes, self._names, "this YOLO model")
+        self.names = {self._ids[i]: known[self._ids[i]] for i in self.names}
+        chosen = tables.choose(classes, self.names, "this YOLO model")
         self._only = None if chosen is None else [self._ids.index(i) for i in chosen]
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
@@ -98,5 +98,5 @@ class Yolo:
         for image, result in zip(images, results):
             b = result.boxes.cpu().numpy()
             label = np.array([self._ids[int(c)] for c in b.cls], np.int64)
-            out.append(Boxes.best(b.xyxy, b.conf, label, self._names, image.size, self.confidence, self.max_boxes))
+            out.append(Boxes.best(b.xyxy, b.conf, label, self.names, image.size, self.confidence, self.max_boxes))
         return out

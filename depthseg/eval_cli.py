@@ -1,0 +1,246 @@
+"""`depthseg eval` and `depthseg compare`: options, one call after the other, tables."""
+
+import contextlib
+import re
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from depthseg import options as opt
+from depthseg.errors import REGRESSION, SOME_FAILED, DepthsegError
+from depthseg.options import DEPTH, INPUT, OUTPUT, PROMPTS, RUN
+from depthseg.plan import Plan
+from depthseg.terminal import downloads, interruptible, number, progress, say, table, take
+
+FAILURES_SHOWN = 20
+IMAGES_SHOWN = 5  # of those that got better, and worse
+ALIKE = {"map": "ap", "map50": "ap50", "map75": "ap75"}  # other words for our metrics
+
+
+def evaluate(
+    images: Annotated[Path, typer.Option(help="Folder of the images.", rich_help_panel=INPUT, metavar="DIR")],
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO or LVIS annotations (JSON); not for depth.", rich_help_panel=INPUT, metavar="FILE")
+    ] = None,
+    dataset: Annotated[
+        Literal["coco", "lvis"] | None,
+        typer.Option(help="What the annotations must be; without it, what they are.", rich_help_panel=INPUT),
+    ] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="Only N images, drawn with --seed.", rich_help_panel=INPUT, metavar="N")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only the image of this key; repeatable.", rich_help_panel=INPUT, metavar="KEY")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the subset and of random clicks.", rich_help_panel=RUN)] = 0,
+    prompt: Annotated[
+        Literal["box", "point", "detector", "depth"],
+        typer.Option(
+            help="True boxes, clicks on the true mask, boxes of a detector; depth scores the depth estimator alone.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = "box",
+    clicks: Annotated[str, typer.Option(help="point: score after so many clicks.", rich_help_panel=PROMPTS)] = "1,3,5",
+    protocol: Annotated[
+        Literal["official", "strict", "efficientsam"],
+        typer.Option(help="Rules of prompting and scoring; the report has them in words.", rich_help_panel=PROMPTS),
+    ] = "official",
+    score: Annotated[
+        Literal["detector", "predicted_iou", "product"], typer.Option(help="detector: what ranks the masks.", rich_help_panel=PROMPTS)
+    ] = "detector",
+    detector: opt.DetectorName = Plan.detector,
+    boxes: opt.Boxes = Plan.boxes,
+    detector_weights: opt.DetectorWeights = Plan.detector_weights,
+    text: opt.Text = Plan.text,
+    classes: opt.Classes = Plan.classes,
+    confidence: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Drop boxes under this score: AP needs it low, and 0.001 is the default.", rich_help_panel=PROMPTS),
+    ] = Plan.confidence,
+    max_boxes: opt.MaxBoxes = Plan.max_boxes,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Score these COCO results instead of running a model.", rich_help_panel=PROMPTS, metavar="FILE"),
+    ] = None,
+    agnostic: Annotated[
+        bool, typer.Option("--agnostic", help="detector: ignore classes, as always for nano and grid.", rich_help_panel=PROMPTS)
+    ] = False,
+    depth: opt.DepthName = Plan.depth,
+    ablate_depth: Annotated[
+        bool,
+        typer.Option("--ablate-depth", help="Again without depth, with a constant, and with other images' depth.", rich_help_panel=DEPTH),
+    ] = False,
+    model: opt.ModelName = Plan.model,
+    weights: opt.Weights = Plan.weights,
+    zoom: opt.Zoom = Plan.zoom,
+    device: opt.Device = Plan.device,
+    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    batch: opt.Batch = Plan.batch,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder of the report and the predictions.", rich_help_panel=OUTPUT, metavar="DIR"),
+    ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(help="End with code 6 unless this holds; repeatable.", rich_help_panel=OUTPUT, metavar="'mAP>=44.0'"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder with another run.", rich_help_panel=RUN)] = False,
+    pull: opt.Pull = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Score a model against COCO or LVIS ground truth: the tables of the papers.
+
+    [bold]depthseg eval --images val/ --annotations instances_val.json -o report[/bold]   true boxes (Table 3)\n
+    [bold]depthseg eval ... --prompt point --clicks 1,3,5[/bold]   clicks (Table 2)\n
+    [bold]depthseg eval ... --prompt detector --boxes coco_vitdet.json[/bold]   a detector's boxes (Table 1)
+    """
+    given = {name: value for name, value in locals().items() if name in Plan.__dataclass_fields__}
+    plan = Plan(**given)
+    opt.check_names(plan)
+    if prompt == "depth":
+        return _depth(images, depth, device, precision, output, pull)
+    if annotations is None:
+        raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
+    counts = _counts(clicks)
+    wanted = [_expectation(e) for e in expect or []]
+    if prompt != "detector" and (boxes or text or classes or detector_weights or detector != Plan.detector):
+        raise DepthsegError(f"the prompts are the truth's ({prompt}), and a detector or its boxes are named", "Add --prompt detector.")
+    if predictions is None:
+        opt.check_files(plan if prompt == "detector" else replace(plan, detector="grid"), None, pull)
+    elif ablate_depth:
+        raise DepthsegError("predictions of a file cannot be asked again", "Leave --ablate-depth or --predictions out.")
+    if output:
+        take(output)
+    again = f"stopped; run the same command again to go on in {output}" if output else "stopped; with -o DIR it could go on"
+    with contextlib.ExitStack() as held:
+        held.enter_context(contextlib.redirect_stdout(sys.stderr))  # libraries that print must not spoil stdout
+        held.enter_context(interruptible(again))
+        folder = output or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="depthseg-eval-")))
+        from depthseg import evaluate as run
+        from depthseg import truth
+
+        data = truth.read(images, annotations, dataset, subset, seed, only or [])
+        ask = run.Request(prompt, counts if prompt == "point" else (), protocol, seed, score, agnostic)
+        how: dict[str, Any] = {"pictures": bool(output), "command": shlex.join(["depthseg", *sys.argv[1:]])}
+        if predictions:
+            report = run.from_file(data, predictions, ask, folder, **how)
+        else:
+            with downloads() as fetched:
+                segmenter = run.segmenter_for(data, plan, ask, pull, fetched)
+            for note in segmenter.notes:
+                say(note)
+            with progress("images") as show:
+                report = run.run(data, segmenter, ask, folder, overwrite=overwrite, ablate=ablate_depth, progress=show, **how)
+    _told(report, output)
+    unmet = [text for name, sign, least, text in wanted if not _holds(report["metrics"], name, sign, least)]
+    if unmet:
+        say(f"not met: {', '.join(unmet)}")
+        raise typer.Exit(REGRESSION)
+    if report["state"]["failed"]:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _counts(clicks: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(n) for n in clicks.split(",")}))
+    except ValueError:
+        raise DepthsegError(f"--clicks {clicks} is not a list of numbers", "Write it like 1,3,5.") from None
+
+
+def _expectation(text: str) -> tuple[str, str, float, str]:
+    """Metric, sign, number and the text itself."""
+    found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(-?[\d.]+)\s*", text)
+    if not found:
+        raise DepthsegError(f"--expect '{text}' cannot be read", "Write it like 'mAP>=44.0' or 'miou_small>70'.")
+    name = found[1].lower()
+    return ALIKE.get(name, name), found[2], float(found[3]), text
+
+
+def _holds(metrics: dict[str, Any], name: str, sign: str, least: float) -> bool:
+    if name not in metrics:
+        raise DepthsegError(f"there is no metric '{name}' in this report", f"It has {', '.join(metrics)}.")
+    value = metrics[name]
+    if value is None:
+        return False
+    return {">=": value >= least, "<=": value <= least, ">": value > least, "<": value < least}[sign]
+
+
+def _told(report: dict, output: Path | None) -> None:
+    state = report["state"]
+    for failure in state["failed"][:FAILURES_SHOWN]:
+        say(f"failed: {failure['key']}: {failure['reason']}")
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
+    bounds = report.get("intervals") or {}
+    rows = [[k, number(v), " to ".join(map(number, bounds[k])) if bounds.get(k) else ""] for k, v in report["metrics"].items()]
+    table(["score", "value", "95 % interval"], rows)
+    if report.get("ablation"):
+        rows = [
+            [d["mode"], d["metric"], f"{d['value']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}" if d["low"] is not None else ""]
+            for d in report["ablation"]["differences"]
+        ]
+        table(["instead of depth", "score", "what depth adds", "95 % interval"], rows)
+    typer.echo(" ".join(report["protocol_in_words"]))
+    failed = f", {len(state['failed'])} FAILED and not in the scores" if state["failed"] else ""
+    typer.echo(f"{report['title']}: {state['done']} images{failed}")
+    if output:
+        typer.echo(output / "report" / "index.html")
+
+
+def _depth(images: Path, depth: str, device: str, precision: str, output: Path | None, pull: bool) -> None:
+    """Score the depth estimator alone."""
+    from depthseg.terminal import write_json
+
+    if output:
+        take(output)
+    with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
+        from depthseg.depth import depth_estimator
+        from depthseg.evaluate import evaluate_depth
+        from depthseg.segment import device_of, precision_of
+
+        where = device_of(device)
+        chosen = depth_estimator(depth, where, precision_of(precision, where), pull)
+        say(chosen.note)
+        with progress("images") as show:
+            report = evaluate_depth(images, chosen.estimator, progress=show)
+    if output:
+        write_json(output / "report.json", report)
+    table(["score", "value"], [[k, number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
+    typer.echo(report["protocol"])
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Folder that `depthseg eval -o` wrote.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(help="Another one, on the same images.", show_default=False)],
+    fail_on_regression: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="End with code 6 if the headline score of B is more than X points lower.", rich_help_panel=OUTPUT, metavar="X"
+        ),
+    ] = None,
+    debug: opt.Debug = False,
+) -> None:
+    """Two evaluations side by side: differences with paired intervals, and the images that got better and worse.
+
+    [bold]depthseg compare reports/nano reports/nano-depth --fail-on-regression 0.5[/bold]
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        from depthseg.compare import compare as pair
+
+        rows, images, headline = pair(run_a, run_b)
+    lines = []
+    for row in rows:
+        change = None if row.a is None or row.b is None else row.b - row.a
+        bounds = f"{row.low:+.2f} to {row.high:+.2f}" if row.low is not None and row.high is not None else ""
+        lines.append([row.metric, number(row.a), number(row.b), "" if change is None else f"{change:+.2f}", bounds])
+    table(["score", str(run_a), str(run_b), "B - A", "95 % interval"], lines)
+    better, worse = [pair for pair in images[::-1] if pair[1] > 0], [pair for pair in images if pair[1] < 0]
+    for title, some in ((f"{len(better)} images got better", better), (f"{len(worse)} images got worse", worse)):
+        table([title, "mean IoU, points"], [[key, f"{change:+.1f}"] for key, change in some[:IMAGES_SHOWN]])
+    (a, b), *_ = [(row.a, row.b) for row in rows if row.metric == headline]
+    if fail_on_regression is not None and (a is not None and (b is None or b < a - fail_on_regression)):
+        say(f"{headline} fell from {number(a)} to {number(b)}")
+        raise typer.Exit(REGRESSION)
