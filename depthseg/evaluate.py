@@ -109,6 +109,7 @@ def run(
         ask,
         agnostic,
         zoom=segmenter.zoom and ask.prompt != "point",
+        single=segmenter.network.single_mask_for != "never",
         model=segmenter.plan.model,
         detector=segmenter.provenance.get("detector", {}).get("name", "") if ask.prompt == "detector" else "",
         failed=failed,

@@ -36,12 +36,17 @@ PROTOCOLS = {
 }
 
 
-def in_words(name: str, prompt: str, zoom: bool = False) -> list[str]:
-    """The rules of a protocol for one kind of prompt (box, point or detector), a sentence each."""
+def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False) -> list[str]:
+    """The rules of a protocol for one kind of prompt (box, point or detector), a sentence each.
+
+    zoom: each box on a crop of its own. single: the model answers a box, or three and more points, with one mask.
+    """
     p = PROTOCOLS[name]
     crowd = "Crowd regions are prompted and counted like instances." if p.crowds else "Crowd regions are left out."
     bounds = "32^2 and 96^2 pixels of the area field; an area on a bound counts " + ("on both sides." if p.shared else "above it only.")
     best = "Of three candidate masks the one with the highest predicted IoU is the answer."
+    if single:
+        best = "The model answers a box, or three and more points, with one mask; fewer points with the best of three by predicted IoU."
     mean = ["IoU at original resolution, intersection / (union + 1e-7); the mean is over annotations of at least one pixel."]
     lines = {
         "box": [

@@ -334,6 +334,7 @@ def report(
     rank: str = "detector",
     agnostic: bool = False,
     zoom: bool = False,
+    single: bool = False,
     model: str = "",
     detector: str = "",
     failed: Sequence[Failure] = (),
@@ -346,7 +347,7 @@ def report(
     parts = dict(scored.report)
     many = ", ".join(map(str, clicks))
     what = {"box": "true boxes", "point": f"{many} clicks", "detector": f"boxes of {detector or 'a detector'}"}[prompt]
-    rules = in_words(protocol, prompt, zoom)
+    rules = in_words(protocol, prompt, zoom, single)
     if prompt == "detector":
         rules += [f"Predictions are ranked by {RANKS[rank]}.", f"AP by {parts.pop('engine')}{', without classes' if agnostic else ''}."]
     kind = next((k for k in ("vitdet", "yolov8", "groundingdino") if k in detector), "") if prompt == "detector" else ""

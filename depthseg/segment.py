@@ -24,7 +24,7 @@ from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
 from depthseg.errors import MISSING_PIECE, DepthsegError
-from depthseg.numerics import PRECISIONS, inference
+from depthseg.numerics import PRECISIONS, inference, keep_memory
 from depthseg.plan import Plan
 from depthseg.schema import (
     ABSENT,
@@ -124,6 +124,8 @@ class Segmenter:
         self.plan = plan
         self.notes: list[str] = []
         self.device = device_of(plan.device)
+        if self.device.type == "cpu":
+            keep_memory()
         self.precision = precision_of(plan.precision, self.device)
         self.provenance: dict[str, Any] = {
             "device": str(self.device),
@@ -306,7 +308,7 @@ class Segmenter:
         groups: dict[tuple[bool, bool], list[tuple[int, int]]] = {}  # (three candidates?, mask input?) -> view, row
         for v, p in enumerate(asked):
             for i in range(len(p)):
-                groups.setdefault((self._multimask(p.labels[i]), p.masks is not None), []).append((v, i))
+                groups.setdefault((self.multimask(p.labels[i]), p.masks is not None), []).append((v, i))
         answers: list[list[Answer]] = [[] for _ in asked]
         for (multimask, _), flat in groups.items():
             for start in range(0, len(flat), plan.prompt_batch):
@@ -347,7 +349,7 @@ class Segmenter:
         every = torch.arange(len(best), device=best.device)
         return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
 
-    def _multimask(self, labels: Array) -> bool:
+    def multimask(self, labels: Array) -> bool:
         """Whether a prompt with these labels (K,) is answered by three candidates."""
         if self.network.single_mask_for == "never":
             return True

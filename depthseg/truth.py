@@ -107,9 +107,11 @@ def read(
     chosen = sorted(_choose(Path(images), annotations, listed, subset, seed, only), key=lambda pair: pair[0]["id"])
     truths = [_truth(annotations, row, path, Path(images), by_image[row["id"]], names) for row, path in chosen]
     outside = sum(int((_beyond(t) > 1).sum()) for t in truths)
+    elsewhere = [t.image.key for t in truths for astray in _astray(t) if astray]
     warnings = [
         *([f"{strangers} annotations are about images that the file does not list"] if strangers else []),
         *([f"{outside} boxes reach more than a pixel out of their image"] if outside else []),
+        *([f"{len(elsewhere)} bbox fields lie elsewhere than their masks, as in {elsewhere[0]}"] if elsewhere else []),
     ]
     sha = hashlib.sha256(content).hexdigest()
     return Dataset(found, Path(annotations), Path(images), sha, truths, names, frequency, len(listed) - len(truths), warnings)
@@ -190,6 +192,13 @@ def _truth(annotations: Path, row: dict, path: Path, folder: Path, found: list[t
     crowd = np.array([bool(annotation.get("iscrowd", 0)) for _, annotation in found], bool)
     ids = np.array([number for number, _ in found], np.int64)
     return Truth(image, ids, rles, box, area, crowd, np.array(labels, np.int64), lists["neg"], lists["not_exhaustive"])
+
+
+def _astray(truth: Truth) -> Array:
+    """Which bbox fields miss half of their mask's own box, bool (N,): LVIS v0.5 has such, in pictures that were turned."""
+    own = masks.boxes(truth.rle)
+    sides = np.minimum(own[:, 2:], truth.box[:, 2:]) - np.maximum(own[:, :2], truth.box[:, :2])
+    return np.clip(sides, 0, None).prod(1) < 0.5 * (own[:, 2:] - own[:, :2]).prod(1)
 
 
 def _beyond(truth: Truth) -> Array:
