@@ -6,7 +6,9 @@ several lines: what two commands share is in options.py, and what a command does
 """
 
 import contextlib
+import json
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import fields
@@ -21,10 +23,11 @@ from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.eval_cli import compare, evaluate
 from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, RUN
 from depthseg.plan import Plan
-from depthseg.terminal import downloads, duration, interruptible, progress, say, table, take
+from depthseg.terminal import downloads, duration, gracefully, interruptible, progress, say, table, take
 from depthseg.weights_cli import app as weights_app
 
 FAILURES_SHOWN = 20  # failures.jsonl has them all
+REHEARSED = 4  # images of a --dry-run
 
 app = typer.Typer(
     name="depthseg",
@@ -59,6 +62,10 @@ def segment(
     demo: Annotated[
         bool, typer.Option("--demo", help="Segment the photographs that installed packages carry.", rich_help_panel=INPUT)
     ] = False,
+    only: opt.Only = None,
+    keys: opt.Keys = None,
+    shard: opt.Shard = None,
+    limit: opt.Limit = None,
     detector: opt.DetectorName = Plan.detector,
     boxes: opt.Boxes = Plan.boxes,
     images_json: opt.ImagesJson = None,
@@ -73,6 +80,8 @@ def segment(
     min_stability: opt.MinStability = Plan.min_stability,
     nms: opt.Nms = Plan.nms,
     min_region: opt.MinRegion = Plan.min_region,
+    min_area: opt.MinArea = Plan.min_area,
+    max_area: opt.MaxArea = Plan.max_area,
     depth: opt.DepthName = Plan.depth,
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
@@ -104,6 +113,16 @@ def segment(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds other results.", rich_help_panel=RUN)
     ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Take only the images that failed in the run before.", rich_help_panel=RUN)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be done and, after a few images, how long it takes and how much disk.", rich_help_panel=RUN
+        ),
+    ] = False,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Write the masks of every image into a folder.
@@ -126,32 +145,39 @@ def segment(
     out = output or Path("depthseg-demo")
     again = f"stopped; run the same command again to go on in {out}"
     with contextlib.redirect_stdout(sys.stderr), interruptible(again):  # libraries that print must not spoil stdout
-        failed = _segment(plan, paths or [], demo, out, pull, overwrite, images_json)
-    typer.echo(out)
-    if failed:
+        from depthseg import data, selection, sink
+
+        named = [p for p in paths or [] if p != "-"]
+        named += data.from_list(sys.stdin) if "-" in (paths or []) else []
+        sink.check_output(out, named)
+        found = data.find([*(data.demo() if demo else []), *named], exclude=out)
+        tried = [*(only or []), *(sink.failed_keys(out) if retry_failed else [])]
+        images = selection.select(found, tried, keys, shard, limit)
+
+        from depthseg.segment import Segmenter  # torch: only once the paths are known to be right
+
+        with downloads() as fetched:
+            segmenter = Segmenter(plan, pull=pull, images_json=images_json, progress=fetched)
+        for note in segmenter.notes:
+            say(note)
+        for warning in segmenter.expect(images):
+            say(warning)
+        if dry_run:
+            told = _rehearse(segmenter, plan, images, out)
+        else:
+            told = _segment(segmenter, plan, images, out, overwrite, len(found) - len(images))
+    if as_json or not dry_run:
+        typer.echo(json.dumps(told) if as_json else out)
+    if told["failed"] and not dry_run:
         raise typer.Exit(SOME_FAILED)
 
 
-def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, overwrite: bool, images_json: Path | None) -> int:
-    """Run the plan over the images and say how it went. Returns how many images failed."""
+def _segment(segmenter: Any, plan: Plan, images: list[Any], out: Path, overwrite: bool, skipped: int) -> dict[str, Any]:
+    """Segment the images into the folder and say how it went; what --json prints."""
     from depthseg import data, sink
 
-    named = [p for p in paths if p != "-"]
-    named += data.from_list(sys.stdin) if "-" in paths else []
-    sink.check_output(out, named)
-    images = data.find([*(data.demo() if demo else []), *named], exclude=out)
-
-    from depthseg.segment import Segmenter  # torch: only once the paths are known to be right
-
-    with downloads() as fetched:
-        segmenter = Segmenter(plan, pull=pull, images_json=images_json, progress=fetched)
-    for note in segmenter.notes:
-        say(note)
-    for warning in segmenter.expect(images):
-        say(warning)
-
     masks, failed = 0, 0
-    with sink.Sink(out, plan, images, segmenter.provenance, overwrite=overwrite) as written:
+    with sink.Sink(out, plan, images, segmenter.provenance, overwrite=overwrite, skipped=skipped) as written, gracefully() as stopping:
         todo = [image for image in images if image.key not in written.done]
         if len(todo) < len(images):
             say(f"{len(images) - len(todo)} of {len(images)} images are done already")
@@ -172,12 +198,42 @@ def _segment(plan: Plan, paths: list[str], demo: bool, out: Path, pull: bool, ov
                         say(f"failed: {failure.image.key}: {failure.reason}")
                     written.failed(failure)
                 show(done, len(todo))
+                if stopping() and done % plan.batch == 0:
+                    say(f"{done - failed} images done, {len(todo) - done} left")
+                    raise KeyboardInterrupt(stopping())
         seconds = time.monotonic() - start
     if todo:
         say(f"{len(todo) - failed} images, {masks} masks in {duration(seconds)}, {len(todo) / seconds:.2f} images/s")
     if failed:
         say(f"{failed} images failed: see {out / 'failures.jsonl'}")
-    return failed
+    counts = {"images": len(images) + skipped, "done": len(images) - failed, "failed": failed, "skipped": skipped}
+    return {"schema_version": 1, "output": str(out), **counts, "masks": masks, "seconds": round(seconds, 3)}
+
+
+def _rehearse(segmenter: Any, plan: Plan, images: list[Any], out: Path) -> dict[str, Any]:
+    """Segment a few images into a folder that is thrown away, and say what all of them would take."""
+    from depthseg import data, sink
+
+    few = images[:: max(1, len(images) // REHEARSED)][:REHEARSED]
+    with tempfile.TemporaryDirectory(prefix="depthseg-") as scratch:
+        failed = 0
+        with sink.Sink(scratch, plan, few, segmenter.provenance) as written:
+            start = time.monotonic()
+            for answer in segmenter.segment(few):
+                if isinstance(answer, data.Failure):
+                    failed += 1
+                    say(f"would fail: {answer.image.key}: {answer.reason}")
+                else:
+                    written.write(answer)
+            seconds = (time.monotonic() - start) / len(few)
+        size = sum(f.stat().st_size for f in Path(scratch).rglob("*") if f.is_file()) / len(few)
+    for name, value in plan.to_json().items():
+        if value != getattr(Plan, name):
+            say(f"{name}: {value}")
+    say(f"{len(images)} images into {out}; tried {len(few)}: {1 / seconds:.2f} images/s, about {duration(seconds * len(images))} in all")
+    say(f"about {size * len(images) / 2**20:.0f} MiB of disk")
+    about = {"images": len(images), "failed": failed, "images_per_second": 1 / seconds, "seconds": seconds * len(images)}
+    return {"schema_version": 1, "output": str(out), **about, "bytes": round(size * len(images)), "plan": plan.to_json()}
 
 
 @app.command()

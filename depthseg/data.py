@@ -21,7 +21,7 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL import Image as PILImage
 
-from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
+from depthseg.errors import GAVE_OUT, MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array, Image
 
 T = TypeVar("T")
@@ -60,10 +60,19 @@ class Failure:
     reason: str
 
 
+_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full or read-only disk is no matter of one image
+
+
+def gave_out(error: OSError) -> DepthsegError:
+    """The error for an output folder that takes nothing any more."""
+    again = "Mend that and run the same command again: it goes on, nothing that was done is lost."
+    return DepthsegError(f"the output folder takes nothing any more ({error.strerror or error})", again, GAVE_OUT)
+
+
 def not_written(image: Image, error: OSError) -> Failure:
-    """The Failure of an image whose results the file system refuses; a full disk is no matter of one image and is raised."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise error
+    """The Failure of an image whose results the file system refuses. Raises DepthsegError where it would refuse all others too."""
+    if error.errno in _ALL:
+        raise gave_out(error) from error
     return Failure(image, "write", error.strerror or str(error))
 
 

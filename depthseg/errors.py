@@ -1,5 +1,6 @@
 """The one exception for what a user can cause, and the exit codes that scripts may rely on."""
 
+GAVE_OUT = 1  # the machine: a full disk, a folder that turned read-only; also what nobody expected
 USAGE = 2  # a flag, a file or a combination of options is wrong
 SOME_FAILED = 3  # the run ended, but some images could not be read
 NOTHING_TO_DO = 4  # no input image matched

@@ -114,6 +114,24 @@ Nms = Annotated[
     float,
     typer.Option(min=0, max=1, help="grid, nano: drop masks that overlap a better one by more (IoU).", rich_help_panel=PROMPTS),
 ]
+MinArea = Annotated[
+    int | None, typer.Option(min=1, help="Drop masks of fewer pixels.", rich_help_panel=OUTPUT, show_default=False, metavar="PIXELS")
+]
+MaxArea = Annotated[
+    int | None, typer.Option(min=1, help="Drop masks of more pixels.", rich_help_panel=OUTPUT, show_default=False, metavar="PIXELS")
+]
+Only = Annotated[
+    list[str] | None, typer.Option(help="Only the image of this key; repeatable.", rich_help_panel=INPUT, metavar="KEY", show_default=False)
+]
+Keys = Annotated[Path | None, typer.Option(help="Only the images of this list, a key in each line.", rich_help_panel=INPUT, metavar="FILE")]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="i/n: only every n-th image from the i-th on, for n runs side by side.", rich_help_panel=INPUT, metavar="I/N"),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Only the first so many images.", rich_help_panel=INPUT, metavar="N", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.", rich_help_panel=OUTPUT)]
 MinRegion = Annotated[
     int, typer.Option(min=0, help="grid: fill holes and drop islands smaller than this, in pixels.", rich_help_panel=PROMPTS)
 ]

@@ -42,6 +42,8 @@ class Plan:
     min_predicted_iou: float | None = None  # grid; None: the model's own limit
     min_stability: float | None = None  # likewise
     nms: float = 0.7  # grid and nano boxes: masks that overlap a better one by more are dropped
+    min_area: int | None = None  # masks of fewer pixels are dropped
+    max_area: int | None = None  # masks of more pixels are dropped
     min_region: int = 64  # grid: holes and islands under this many pixels are filled or dropped
     overlays: bool = True
     labelmaps: bool = True
@@ -49,6 +51,8 @@ class Plan:
     instances: bool = False  # one PNG for each mask
 
     def __post_init__(self) -> None:
+        if self.min_area is not None and self.max_area is not None and self.min_area > self.max_area:
+            raise DepthsegError(f"no mask has {self.min_area} pixels or more and {self.max_area} or fewer", "Change one of them.")
         if self.boxes and self.points:
             raise DepthsegError("boxes and points are both given", "Give one of them.")
         for name, given in (("text", self.text), ("classes", self.classes)):

@@ -249,7 +249,7 @@ class Segmenter:
         for (k, image), found in zip(images.items(), answers):
             with self._timed(spent, "masks"):
                 labels = self.source.categories(image) if isinstance(self.source, PointsFile) else None
-                result = _masks(found, asked[k], labels, overlap, self.plan.nms)
+                result = _masks(found, asked[k], labels, overlap, self.plan)
             out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
         share = {name: seconds / len(held) for name, seconds in spent.items()}
         yield from (replace(item, seconds=share) if isinstance(item, Record) else item for item in out if item)
@@ -399,13 +399,14 @@ def _box(asked: Prompts, row: int) -> Array:
     return asked.points[row, first : first + 2].reshape(4)
 
 
-def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, overlap: str, nms: float) -> Masks:
-    """The masks that are not empty, best score first; with `overlap`, without those that overlap a better one by more than `nms`.
+def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, overlap: str, plan: Plan) -> Masks:
+    """The masks with an area that the plan takes, best score first; with `overlap`, without those that overlap a better one too much.
 
     labels: category id of each prompt (P,) where there are no boxes to say it. overlap: as in catalog.Row.
     """
     area = masks.area([a.rle for a in answers])
-    answers, area = [a for a, pixels in zip(answers, area) if pixels], area[area > 0]
+    taken = (area >= max(1, plan.min_area or 1)) & (area <= (plan.max_area or np.inf))
+    answers, area = [a for a, keep in zip(answers, taken) if keep], area[taken]
     rle = [a.rle for a in answers]
     prompt = np.array([a.prompt for a in answers], int)
     ious = np.array([a.predicted_iou for a in answers], np.float32)
@@ -415,7 +416,7 @@ def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, 
     else:
         score, label, names = ious, np.ones(len(ious), np.int64) if labels is None else labels[prompt], {1: "object"}
     result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names, prompt)
-    return result.keep(masks.suppress(rle, score, nms, nested=overlap == "share") if overlap else np.argsort(-score, kind="stable"))
+    return result.keep(masks.suppress(rle, score, plan.nms, nested=overlap == "share") if overlap else np.argsort(-score, kind="stable"))
 
 
 def one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:

@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import IO, Self
 
 from depthseg import __version__, formats
-from depthseg.data import Failure, read
-from depthseg.errors import DepthsegError
+from depthseg.data import Failure, gave_out, read
+from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Image, Record
 
@@ -40,19 +40,33 @@ def check_output(output: str | Path, paths: Sequence[str | Path]) -> None:
             raise DepthsegError(f"the output folder {output} lies inside the input {path}", "Choose a folder outside of it.")
 
 
+def failed_keys(output: str | Path) -> list[str]:
+    """The keys that failures.jsonl of an output folder names. Raises DepthsegError, with NOTHING_TO_DO if there are none."""
+    path = Path(output) / "failures.jsonl"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        return list(dict.fromkeys(json.loads(line)["key"] for line in lines))
+    except FileNotFoundError:
+        raise DepthsegError(f"no image failed in {output}", "Leave --retry-failed out.", NOTHING_TO_DO) from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DepthsegError(f"{path} cannot be read ({e})", "Leave --retry-failed out: failed images are tried again anyway.") from e
+
+
 class Sink:
     """A context manager that owns the output folder of one run. `done` holds the keys that need no work any more.
 
     Leaving the context writes the COCO files, after an exception too, from what is done. A failed image is tried again when the
-    run is started again. extra: JSON values that say what made the masks, for run.json.
+    run is started again. extra: JSON values that say what made the masks, for run.json. skipped: how many images were found and not
+    selected for this run.
     """
 
-    def __init__(self, output: str | Path, plan: Plan, images: Sequence[Image], extra: dict, overwrite: bool = False):
+    def __init__(self, output: str | Path, plan: Plan, images: Sequence[Image], extra: dict, overwrite: bool = False, skipped: int = 0):
         self.output = Path(output)
         self.plan = plan
         self.images = images
         self.extra = extra
         self.overwrite = overwrite
+        self.skipped = skipped
         self.done: set[str] = set()
         self._offsets: dict[str, int] = {}  # key -> where its line starts in the journal
         self._failed: set[str] = set()
@@ -82,7 +96,11 @@ class Sink:
         with self._held:
             if not self._finished:
                 complete = kind is None and all(i.key in self._offsets or i.key in self._failed for i in self.images)
-                self.finish("finished" if complete else "interrupted")
+                try:
+                    self.finish("finished" if complete else "interrupted")
+                except OSError:
+                    if error is None:  # else the full disk has been told already: the journal holds what was done
+                        raise
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -173,7 +191,10 @@ class Sink:
         head = {"key": key, "id": image.id, "size": list(image.size), "file": _stamp(image), "pictures": self._made}
         seconds = {stage: round(s, 5) for stage, s in record.seconds.items()}
         line = json.dumps(head | {"instances": instances, "seconds": seconds, "plan": record.plan}).encode() + b"\n"
-        self._journal.write(line)
+        with self._told():
+            rest = line
+            while rest := rest[self._journal.write(rest) :]:  # a disk that fills up takes the beginning first
+                pass
         self._offsets[key] = self._end
         self._end += len(line)
         self._failed.discard(key)
@@ -182,10 +203,18 @@ class Sink:
             os.fsync(self._journal.fileno())
             self._synced = time.monotonic()
 
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """If not even a line can be written, the run cannot go on."""
+        try:
+            yield
+        except OSError as error:
+            raise gave_out(error) from error
+
     def failed(self, failure: Failure) -> None:
         """One line in failures.jsonl; the image counts as not done."""
         line = json.dumps({"key": failure.image.key, "stage": failure.stage, "reason": failure.reason})
-        with open(self.output / "failures.jsonl", "a", encoding="utf-8") as file:
+        with self._told(), open(self.output / "failures.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
         self._failed.add(failure.image.key)
 
@@ -235,7 +264,15 @@ class Sink:
             yield key, self._offsets[key], id
 
     def _manifest(self, state: str, instances: int | None) -> None:
-        counts = {"images": len(self.images), "done": len(self._offsets), "failed": len(self._failed), "instances": instances}
+        found, failed = len(self.images) + self.skipped, len(self._failed)
+        counts = {
+            "images": found,
+            "done": len(self.done),
+            "failed": failed,
+            "skipped": found - len(self.done) - failed,  # not selected, or not reached
+            "earlier": len(self._offsets) - len(self.done),  # of other inputs, done by a run before this one
+            "instances": instances,
+        }
         text = {
             "schema_version": 1,
             "depthseg": __version__,

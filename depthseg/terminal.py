@@ -49,6 +49,29 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def gracefully() -> Iterator[Callable[[], int]]:
+    """A function that tells the signal which asked to stop, 0 as long as none did; a second Ctrl-C or SIGTERM stops at once.
+
+    For the inside of `interruptible`: who is told to stop ends what is in hand and raises KeyboardInterrupt with the signal's number.
+    """
+    asked = 0
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt(number)
+        asked = number
+        say("stopping after this batch; once more to stop at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, total) that shows speed and time left: a bar on a terminal, elsewhere a line every ten seconds."""
     from rich.console import Console

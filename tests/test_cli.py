@@ -99,11 +99,11 @@ def test_options_reach_the_plan(run, fake, pictures, tmp_path, monkeypatch):
         Path(name).touch()
     words = """--model efficientvit-sam-l0-depth --weights w.pt --detector yolov8s --depth none
         --device cpu --precision bf16 --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --zoom --points-per-side 5
-        --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-region 4 --no-overlays --no-labelmaps --depth-panel
-        --instances""".split()
+        --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-area 8 --max-area 9 --min-region 4
+        --no-overlays --no-labelmaps --depth-panel --instances""".split()
     expected = Plan(
         "efficientvit-sam-l0-depth", "w.pt", "yolov8s", None, None, "d.pt", None, None, "none", "cpu", "bf16",
-        3, 7, 0.5, 9, True, 5, 0.1, 0.2, 0.3, 4, False, False, True, True,
+        3, 7, 0.5, 9, True, 5, 0.1, 0.2, 0.3, 8, 9, 4, False, False, True, True,
     )  # fmt: skip
     alone = {"boxes": "b.json", "points": "p.json", "text": "a cat .", "classes": "cat,dog"}  # these exclude each other
     for field, value in alone.items():
@@ -183,10 +183,62 @@ def test_stopped_and_started_again_it_goes_on(run, fake, pictures, tmp_path, tro
     assert json.loads((out / "run.json").read_text())["state"] == "interrupted"
     fake.trouble = []
     code, _, stderr = run("segment", pictures, "-o", out)
-    assert code == 0 and fake.built[0].seen == ["a.png"]
+    assert code == 0 and fake.built[0].seen == (["a.png"] if expected == 130 else ["a.png", "b.jpg"])  # twice told, it stops at once
     assert fake.built[1].expected == ["a.png", "b.jpg", "sub/c.png"]  # those that are done count, too
     assert len(json.loads((out / "predictions.json").read_text())) == 3
     assert len(fake.built[1].seen) == 3 - int(stderr.partition(" of 3 images are done already")[0].splitlines()[-1])
+
+
+def test_the_first_signal_ends_after_the_batch(run, fake, pictures, tmp_path, monkeypatch):
+    def once(self, images):
+        for n, record in enumerate(segment(self, images)):
+            yield record
+            if not n:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    segment = fake.segment
+    monkeypatch.setattr(fake, "segment", once)
+    code, _, err = run("segment", pictures, "-o", tmp_path / "o", "--batch", "2")
+    assert code == 130 and "stopping after this batch" in err and "2 images done, 1 left" in err
+    about = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert about["state"] == "interrupted" and about["counts"]["done"] == 2 and about["counts"]["skipped"] == 1
+
+
+def test_selected_images_and_those_left_out_are_accounted_for(run, fake, pictures, tmp_path):
+    (tmp_path / "keys.txt").write_text("sub/c.png\n\na.png\n")
+    for n, (words, seen) in enumerate([
+        (["--limit", "2"], ["a.png", "b.jpg"]), (["--only", "b.jpg"], ["b.jpg"]), (["--shard", "2/2"], ["b.jpg"]),
+        (["--keys", tmp_path / "keys.txt"], ["a.png", "sub/c.png"]), (["--shard", "1/2", "--limit", "1"], ["a.png"]),
+    ]):  # fmt: skip
+        code, out, _ = run("segment", pictures, "-o", tmp_path / f"o{n}", *words, "--json")
+        told = json.loads(out)
+        assert code == 0 and fake.built[-1].seen == seen and (told["done"], told["skipped"]) == (len(seen), 3 - len(seen))
+        counts = json.loads((tmp_path / f"o{n}" / "run.json").read_text())["counts"]
+        assert counts["images"] == 3 == counts["done"] + counts["failed"] + counts["skipped"]
+    for words, code in ((["--shard", "3/2"], 2), (["--only", "z"], 2), (["--keys", tmp_path / "no"], 2), (["--shard", "9/9"], 4)):
+        assert run("segment", pictures, "-o", tmp_path / "p", *words)[0] == code and not (tmp_path / "p").exists()
+
+
+def test_only_what_failed_is_tried_again(run, fake, pictures, tmp_path):
+    good = (pictures / "b.jpg").read_bytes()
+    (pictures / "b.jpg").write_bytes(b"")
+    out = tmp_path / "o"
+    assert run("segment", pictures, "-o", out)[0] == 3
+    (pictures / "b.jpg").write_bytes(good)
+    assert run("segment", pictures, "-o", out, "--retry-failed")[0] == 0 and fake.built[-1].seen == ["b.jpg"]
+    assert len(json.loads((out / "predictions.json").read_text())) == 3
+    code, _, err = run("segment", pictures, "-o", out, "--retry-failed")
+    assert code == 4 and "no image failed" in err
+
+
+def test_a_dry_run_writes_nothing(run, fake, pictures, tmp_path):
+    (pictures / "b.jpg").write_bytes(b"")
+    code, out, err = run("segment", pictures, "-o", tmp_path / "o", "--dry-run", "--nms", "0.5")
+    assert (code, out) == (0, "") and not (tmp_path / "o").exists()
+    assert "nms: 0.5" in err and "images/s" in err and "MiB of disk" in err and "would fail: b.jpg" in err
+    code, out, _ = run("segment", pictures, "-o", tmp_path / "o", "--dry-run", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["images"] == 3 and told["plan"]["model"] == Plan.model and told["bytes"] > 0
 
 
 def test_a_list_on_stdin(run, fake, pictures, tmp_path, monkeypatch):

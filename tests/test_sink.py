@@ -59,7 +59,7 @@ def test_a_whole_run(tmp_path, images):
             sink.write(record(image))
         assert sink.done == {"a.png", "b.jpg", "sub/c.png"}
     about = manifest(out)
-    assert about["state"] == "finished" and about["counts"] == {"images": 3, "done": 3, "failed": 0, "instances": 4}
+    assert about["state"] == "finished" and about["counts"] == {"images": 3, "done": 3, "failed": 0, "skipped": 0, "earlier": 0, "instances": 4}
     assert about["schema_version"] == 1 and about["extra"] == {"weights": "abc"} and about["digest"] == PLAN.digest()
     assert Plan.from_json(about["plan"]) == PLAN and about["finished"] >= about["started"]
     pictures = json.loads((out / "images.json").read_text())
@@ -156,7 +156,7 @@ def test_failures_are_tried_again(tmp_path, images):
     assert line == {"key": "a.png", "stage": "read", "reason": "truncated file"}
     assert manifest(out)["state"] == "finished" and manifest(out)["counts"]["failed"] == 1
     again = run(out, images)
-    assert again["counts"] == {"images": 3, "done": 3, "failed": 0, "instances": 4}
+    assert again["counts"] == {"images": 3, "done": 3, "failed": 0, "skipped": 0, "earlier": 0, "instances": 4}
     assert not (out / "failures.jsonl").exists()
 
 
@@ -243,7 +243,8 @@ def test_an_earlier_runs_images_stay_in_the_result(tmp_path, images):
     out = tmp_path / "out"
     run(out, images[:2])
     later = [replace(images[2], id=1)]
-    assert run(out, later)["counts"]["done"] == 3
+    counts = run(out, later)["counts"]
+    assert (counts["done"], counts["earlier"], counts["skipped"]) == (1, 2, 0)
     listed = json.loads((out / "images.json").read_text())["images"]
     assert [(i["id"], i["file_name"]) for i in listed] == [(1, "sub/c.png"), (2, "a.png"), (3, "b.jpg")]
 
