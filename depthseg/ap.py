@@ -33,10 +33,10 @@ LVIS_MOST = 300  # detections of one image
 CURVES = {"IoU 0.50": 0, "IoU 0.75": 5}  # index of the threshold
 
 
-def coco(dataset: Dataset, results: Sequence[dict], agnostic: bool = False, least: float = 0) -> dict[str, Any]:
+def coco(dataset: Dataset, results: Sequence[dict], agnostic: bool = False, threshold: float = 0) -> dict[str, Any]:
     """COCO's twelve numbers as `metrics`, `per_class` rows and precision-recall curves `pr`, and the `engine` that gave them.
 
-    agnostic: classes are ignored, and recall_50 and precision_50 are told: of all predictions with a score of `least` or more, at
+    agnostic: classes are ignored, and recall_50 and precision_50 are told: of predictions with a score of `threshold` or more, at
     IoU 0.50.
     """
     run = _run(dataset, results, agnostic)
@@ -44,11 +44,15 @@ def coco(dataset: Dataset, results: Sequence[dict], agnostic: bool = False, leas
         run.summarize()
     metrics = {name: _percent(value) for name, value in zip(COCO_NAMES, run.stats, strict=True)}
     precision = run.eval["precision"]  # (IoU, recall level, class, area, limit)
-    if agnostic:
-        sure = _run(dataset, [r for r in results if r["score"] >= least], agnostic)
-        matches = [image["dtMatches"][0] > 0 for image in sure.evalImgs[: len(sure.params.imgIds)] if image]
-        hits = np.concatenate(matches) if matches else np.zeros(0)
-        metrics |= {"recall_50": _percent(_mean(sure.eval["recall"][0, :, 0, -1])), "precision_50": _percent(_mean(hits))}
+    if agnostic:  # predictions are matched best first, so that a limit of the score keeps the beginning of the matches
+        some = [e for e in run.evalImgs[: len(run.params.imgIds)] if e]  # of any size
+        counted = [(np.array(e["dtScores"]) >= threshold) & (e["dtIgnore"][0] == 0) for e in some]
+        hits = np.concatenate([np.zeros(0, bool), *((e["dtMatches"][0] > 0)[c] for e, c in zip(some, counted))])
+        things = sum(int((np.array(e["gtIgnore"]) == 0).sum()) for e in some)
+        metrics |= {
+            "recall_50": 100 * int(hits.sum()) / things if things else None,
+            "precision_50": 100 * float(hits.mean()) if len(hits) else None,
+        }
     limit = 2  # the best 100 of an image
     per_class = [] if agnostic else _per_class(dataset, run.params.catIds, precision[:, :, :, 0, limit])
     pr = _curves(precision[:, :, :, 0, limit], run.params.recThrs)
@@ -73,27 +77,24 @@ def _run(dataset: Dataset, results: Sequence[dict], agnostic: bool) -> COCOeval:
     return run
 
 
-def resampled(dataset: Dataset, results: Sequence[Sequence[dict]], draws: Array, agnostic: bool = False) -> Array:
-    """AP of several sets of results on resampled images, (len(results), D) in percent: for bootstrap intervals.
+def resampled(dataset: Dataset, results: Sequence[dict], draws: Array, agnostic: bool = False) -> Array:
+    """AP of resampled images, (D,) in percent: for bootstrap intervals.
 
     draws: (D, I) positions of images, in the order of their ids. An image that is drawn twice counts twice. NaN where AP is undefined.
     """
-    out = np.full((len(results), len(draws)), np.nan)
-    for row, some in enumerate(results):
-        run = _run(dataset, some, agnostic)
-        count = len(run.params.imgIds)
-        areas, classes = len(run.params.areaRng), len(run.params.catIds)
-        every = np.array(run.evalImgs, object).reshape(classes, areas, count)[:, 0]  # of any size
-        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
-        run.params.maxDets = run.params.maxDets[2:3]
-        run.params.imgIds = list(range(draws.shape[1]))
-        run._paramsEval = copy.deepcopy(run.params)
-        for at, drawn in enumerate(draws):
-            run.evalImgs = every[:, drawn].ravel().tolist()
-            with contextlib.redirect_stdout(io.StringIO()):
-                run.accumulate()
-            value = _percent(_mean(run.eval["precision"]))
-            out[row, at] = np.nan if value is None else value
+    run = _run(dataset, results, agnostic)
+    every = np.array(run.evalImgs, object).reshape(len(run.params.catIds), len(run.params.areaRng), -1)[:, 0]  # of any size
+    run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
+    run.params.maxDets = run.params.maxDets[2:3]
+    run.params.imgIds = list(range(draws.shape[1]))
+    run._paramsEval = copy.deepcopy(run.params)
+    out = np.full(len(draws), np.nan)
+    for at, drawn in enumerate(draws):
+        run.evalImgs = every[:, drawn].ravel().tolist()
+        with contextlib.redirect_stdout(io.StringIO()):
+            run.accumulate()
+        value = _percent(_mean(run.eval["precision"]))
+        out[at] = np.nan if value is None else value
     return out
 
 
@@ -148,9 +149,8 @@ def _numpy_1() -> Iterator[None]:
 
 def _truths(dataset: Dataset) -> dict:
     """The truth as the dict that both packages index."""
-    annotations = [
+    annotations: list[dict] = [
         {
-            "id": int(t.id[i]) + 1,  # both take 0 for "no match"; files with ids from 0 exist
             "image_id": t.image.id,
             "category_id": int(t.label[i]),
             "iscrowd": int(t.crowd[i]),
@@ -160,6 +160,8 @@ def _truths(dataset: Dataset) -> dict:
         for t in dataset.truths
         for i in range(len(t))
     ]
+    for number, annotation in enumerate(annotations, 1):  # both take 0 for "no match", and files with ids from 0 exist
+        annotation["id"] = number
     return _table(dataset, annotations)
 
 

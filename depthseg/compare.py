@@ -40,25 +40,28 @@ def compare(folder_a: Path, folder_b: Path) -> tuple[list[Row], list[tuple[str, 
     """
     a, images, masks_a = _load(folder_a)
     b, others, masks_b = _load(folder_b)
-    for what, first, second in (
-        ("prompts", a["prompt"], b["prompt"]),
-        ("protocols", a["protocol"], b["protocol"]),
-        ("clicks", a["clicks"], b["clicks"]),
-        ("annotations", a["dataset"]["annotations"], b["dataset"]["annotations"]),
+    for what, of in (
+        ("prompts", lambda r: r["prompt"]),
+        ("protocols", lambda r: r["protocol"]),
+        ("clicks", lambda r: r["clicks"]),
+        ("rankings", lambda r: r["rank"]),
+        ("uses of classes", lambda r: r["agnostic"]),
+        ("annotations", lambda r: r["dataset"]["sha256"]),
     ):
-        if first != second and not (what == "annotations" and a["dataset"]["sha256"] == b["dataset"]["sha256"]):
-            raise DepthsegError(f"the two runs have other {what}: {first} and {second}", "Compare runs of one evaluation.")
+        if of(a) != of(b):
+            raise DepthsegError(f"the two runs have other {what}: {of(a)} and {of(b)}", "Compare runs of one evaluation.")
     same = ("image_id", "annotation_id")
     if images != others or any(not np.array_equal(masks_a.get(c, []), masks_b.get(c, [])) for c in same):
         raise DepthsegError("the two runs are about other images", "Evaluate both on the same ones.")
-    intervals = _intervals((folder_a, folder_b), a, np.array(images["id"]), masks_a, masks_b)
+    intervals = _intervals((folder_b, folder_a), a, images["id"], masks_b, masks_a)
     rows = [
         Row(name, value, b["metrics"][name], *(intervals.get(name) or (None, None)))
         for name, value in a["metrics"].items()
         if name in b["metrics"]
     ]
-    change = 100 * (masks_b["iou"] - masks_a["iou"])
-    by_image = [(key, float(change[own].mean())) for i, key in zip(images["id"], images["key"]) if (own := masks_a["image_id"] == i).any()]
+    keys = dict(zip(images["id"], images["key"]))
+    change = score.by_image({"image_id": masks_a["image_id"], "iou": masks_b["iou"] - masks_a["iou"]})
+    by_image = [(keys[i], value) for i, value in change.items()]
     return rows, sorted(by_image, key=lambda pair: pair[1]), score.headline(a)
 
 
@@ -76,17 +79,17 @@ def _load(folder: Path) -> tuple[dict, dict, dict[str, Array]]:
 
 
 def _intervals(
-    folders: tuple[Path, Path], a: dict, ids: Array, masks_a: dict[str, Array], masks_b: dict[str, Array]
+    folders: tuple[Path, Path], about: dict, ids: list[int], first: dict[str, Array], second: dict[str, Array]
 ) -> dict[str, list[float] | None]:
-    """Intervals of b - a by metric; ids: of the images."""
-    about = a["dataset"]
-    if a["prompt"] != "detector":
-        columns = {f"miou_{n}": f"iou_{n}" for n in a["clicks"] or ()} or {"miou": "iou"}
-        columns["boundary_iou"] = "boundary_iou"
-        return {name: score.interval(ids, masks_a["image_id"], masks_b[c] - masks_a[c]) for name, c in columns.items()}
-    there = Path(about["annotations"]).is_file() and Path(about["images_folder"]).is_dir()
-    if about["kind"] == "lvis" or len(ids) > score.AP_IMAGES or not there:
+    """Intervals of first less second by metric."""
+    ask = score.Request(about["prompt"], tuple(about["clicks"] or ()), about["protocol"], 0, about["rank"], about["agnostic"])
+    if ask.prompt != "detector":
+        return score.paired_miou(np.array(ids), ask, first, second)
+    folder, file = (Path(about["dataset"][name]) for name in ("images_folder", "annotations"))
+    if len(ids) > score.AP_IMAGES or not file.is_file() or not folder.is_dir():
         return {}
-    data = truth.read(Path(about["images_folder"]), Path(about["annotations"])).only(set(ids.tolist()))
-    pair = [predictions.read(folder / predictions.RESULTS, data, a["agnostic"])[0] for folder in folders[::-1]]
-    return {"ap": score.paired_ap(data, pair, a["agnostic"])}
+    data = truth.read(folder, file).only(set(ids))
+    if data.sha256 != about["dataset"]["sha256"]:
+        return {}
+    pair = [predictions.read(f / predictions.RESULTS, data, ask.agnostic)[0] for f in folders]
+    return score.paired_ap(data, ask, *pair)

@@ -76,6 +76,15 @@ def not_written(image: Image, error: OSError) -> Failure:
     return Failure(image, "write", error.strerror or str(error))
 
 
+def stamp(image: Image) -> list[int] | None:
+    """Size and time of the picture's file: tell whether another picture has taken its name. None without a file."""
+    try:
+        about = os.stat(image.path) if image.path else None
+    except OSError:
+        return None
+    return [about.st_size, about.st_mtime_ns] if about else None
+
+
 def find(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image]:
     """The images below files, folders and globs, in the order of the inputs, each folder sorted; sizes are (0, 0) until read.
 

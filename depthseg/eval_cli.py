@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from depthseg import catalog
 from depthseg import options as opt
 from depthseg.errors import REGRESSION, SOME_FAILED, DepthsegError
 from depthseg.options import DEPTH, INPUT, OUTPUT, PROMPTS, RUN
 from depthseg.plan import Plan
-from depthseg.terminal import downloads, interruptible, number, progress, say, table, take
+from depthseg.terminal import downloads, interruptible, number, progress, say, table, take, write_json
 
 FAILURES_SHOWN = 20
 IMAGES_SHOWN = 5  # of those that got better, and worse
@@ -48,8 +49,9 @@ def evaluate(
         Literal["official", "strict", "efficientsam"],
         typer.Option(help="Rules of prompting and scoring; the report has them in words.", rich_help_panel=PROMPTS),
     ] = "official",
-    score: Annotated[
-        Literal["detector", "predicted_iou", "product"], typer.Option(help="detector: what ranks the masks.", rich_help_panel=PROMPTS)
+    rank: Annotated[
+        Literal["detector", "predicted_iou", "product"],
+        typer.Option("--score", help="detector: the score that ranks the masks.", rich_help_panel=PROMPTS),
     ] = "detector",
     detector: opt.DetectorName = Plan.detector,
     boxes: opt.Boxes = Plan.boxes,
@@ -100,12 +102,14 @@ def evaluate(
     given = {name: value for name, value in locals().items() if name in Plan.__dataclass_fields__}
     plan = Plan(**given)
     opt.check_names(plan)
+    wanted = [_expectation(e) for e in expect or []]
     if prompt == "depth":
-        return _depth(images, depth, device, precision, output, pull)
+        if annotations or predictions or subset or only or ablate_depth:
+            raise DepthsegError("the depth estimator is scored on a folder of depth pairs", "Leave all but --images and --depth out.")
+        return _gate(_depth(images, depth, device, precision, output, pull), wanted)
     if annotations is None:
         raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
     counts = _counts(clicks)
-    wanted = [_expectation(e) for e in expect or []]
     if prompt != "detector" and (boxes or text or classes or detector_weights or detector != Plan.detector):
         raise DepthsegError(f"the prompts are the truth's ({prompt}), and a detector or its boxes are named", "Add --prompt detector.")
     if predictions is None:
@@ -119,28 +123,37 @@ def evaluate(
         held.enter_context(contextlib.redirect_stdout(sys.stderr))  # libraries that print must not spoil stdout
         held.enter_context(interruptible(again))
         folder = output or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="depthseg-eval-")))
+        from depthseg import asking, score, truth
         from depthseg import evaluate as run
-        from depthseg import truth
 
         data = truth.read(images, annotations, dataset, subset, seed, only or [])
-        ask = run.Request(prompt, counts if prompt == "point" else (), protocol, seed, score, agnostic)
+        ask = score.Request(prompt, counts if prompt == "point" else (), protocol, seed, rank, agnostic)
         how: dict[str, Any] = {"pictures": bool(output), "command": shlex.join(["depthseg", *sys.argv[1:]])}
+        for name, *_ in wanted:
+            catalog.row(dict.fromkeys(score.names_of(ask, data.kind), catalog.Row("")), name, "metric of this evaluation")
         if predictions:
             report = run.from_file(data, predictions, ask, folder, **how)
         else:
             with downloads() as fetched:
-                segmenter = run.segmenter_for(data, plan, ask, pull, fetched)
+                segmenter = asking.segmenter_for(data, plan, ask, pull, fetched)
             for note in segmenter.notes:
                 say(note)
             with progress("images") as show:
                 report = run.run(data, segmenter, ask, folder, overwrite=overwrite, ablate=ablate_depth, progress=show, **how)
     _told(report, output)
-    unmet = [text for name, sign, least, text in wanted if not _holds(report["metrics"], name, sign, least)]
-    if unmet:
-        say(f"not met: {', '.join(unmet)}")
-        raise typer.Exit(REGRESSION)
+    _gate(report["metrics"], wanted)
     if report["state"]["failed"]:
         raise typer.Exit(SOME_FAILED)
+
+
+Expectation = tuple[str, str, float, str]  # metric, sign, number and the text itself
+
+
+def _gate(metrics: dict[str, Any], wanted: list[Expectation]) -> None:
+    """Leave with REGRESSION unless all expectations hold."""
+    if unmet := [text for name, sign, least, text in wanted if not _holds(metrics, name, sign, least)]:
+        say(f"not met: {', '.join(unmet)}")
+        raise typer.Exit(REGRESSION)
 
 
 def _counts(clicks: str) -> tuple[int, ...]:
@@ -150,9 +163,8 @@ def _counts(clicks: str) -> tuple[int, ...]:
         raise DepthsegError(f"--clicks {clicks} is not a list of numbers", "Write it like 1,3,5.") from None
 
 
-def _expectation(text: str) -> tuple[str, str, float, str]:
-    """Metric, sign, number and the text itself."""
-    found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(-?[\d.]+)\s*", text)
+def _expectation(text: str) -> Expectation:
+    found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", text)
     if not found:
         raise DepthsegError(f"--expect '{text}' cannot be read", "Write it like 'mAP>=44.0' or 'miou_small>70'.")
     name = found[1].lower()
@@ -190,10 +202,8 @@ def _told(report: dict, output: Path | None) -> None:
         typer.echo(output / "report" / "index.html")
 
 
-def _depth(images: Path, depth: str, device: str, precision: str, output: Path | None, pull: bool) -> None:
-    """Score the depth estimator alone."""
-    from depthseg.terminal import write_json
-
+def _depth(images: Path, depth: str, device: str, precision: str, output: Path | None, pull: bool) -> dict[str, Any]:
+    """Score the depth estimator alone: its report."""
     if output:
         take(output)
     with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
@@ -210,6 +220,7 @@ def _depth(images: Path, depth: str, device: str, precision: str, output: Path |
         write_json(output / "report.json", report)
     table(["score", "value"], [[k, number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
     typer.echo(report["protocol"])
+    return report
 
 
 def compare(

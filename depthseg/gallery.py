@@ -59,11 +59,6 @@ def extremes(quality: dict[int, float]) -> dict[str, list[int]]:
     return {"worst": order[:EACH], "best": order[::-1][: min(EACH, max(0, len(order) - EACH))]}
 
 
-def means(image: Array, iou: Array) -> dict[int, float]:
-    """Mean IoU in percent by image id, from columns of masks."""
-    return {int(i): float(100 * iou[image == i].mean()) for i in np.unique(image)}
-
-
 def _by_image(results: Sequence[dict], wanted: set[int]) -> dict[int, list[dict]]:
     """The results of these images; of several rounds of clicks, the last."""
     last = max((r.get("clicks", 0) for r in results), default=0)

@@ -4,19 +4,23 @@ Beside COCO's image_id, category_id, segmentation and score, an entry may say `p
 answers), `clicks` (after so many), `prompt_box` (xywh) and `depth_contrast`. A run that was stopped goes on where it stopped.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from depthseg import masks
+from depthseg.data import gave_out, stamp
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.formats import atomic
+from depthseg.schema import Image
+from depthseg.sink import locked
 from depthseg.truth import Dataset
 
 JOURNAL, RESULTS, SETTINGS = "predictions.jsonl", "predictions.json", "run.json"
+OURS = (JOURNAL, RESULTS, SETTINGS, "report.json", "report.md", "scores.json", "report/index.html")
 POOR = 0.5  # of the entries; if fewer are about this data set, it is the wrong one
 NAMES_SHOWN = 5
 
@@ -24,64 +28,106 @@ NAMES_SHOWN = 5
 class Journal:
     """The predictions of one run in its folder. `done` holds the ids of the images that need no work any more.
 
-    settings: JSON values that decide the predictions: a run may go on only with the same ones.
+    settings: JSON values that decide the predictions: a run may go on only with the same ones. An image whose file has changed since
+    is done again.
     """
 
-    def __init__(self, folder: Path, settings: dict, overwrite: bool = False):
+    def __init__(self, folder: Path, settings: dict, dataset: Dataset, overwrite: bool = False):
         self.folder, self.settings, self.overwrite = folder, json.loads(json.dumps(settings)), overwrite
-        self.done: set[int] = set()
+        self.images = {t.image.id: t.image for t in dataset.truths}
+        self._at: dict[int, int] = {}  # image id -> where its line starts
 
     def __enter__(self) -> Self:
-        """Raises DepthsegError if the folder holds a run with other settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held, journal = self.folder / SETTINGS, self.folder / JOURNAL
+        """Raises DepthsegError if the folder holds a run with other settings, or another process writes to it."""
+        with contextlib.ExitStack() as undo:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            undo.enter_context(locked(self.folder))
+            self._claim()
+            self._file = undo.enter_context(open(self.folder / JOURNAL, "a+b", buffering=0))
+            self._resume()
+            self._held = undo.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._held.close()
+
+    @property
+    def done(self) -> set[int]:
+        return self._at.keys() & self.images.keys()
+
+    def _claim(self) -> None:
+        held = self.folder / SETTINGS
         if self.overwrite:
-            for name in (JOURNAL, RESULTS, SETTINGS):
+            for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
         if held.exists():
             try:
                 earlier = dict(json.loads(held.read_bytes())["settings"])
             except (ValueError, KeyError, TypeError):
-                raise DepthsegError(f"{held} is not from a run of depthseg", "Choose an empty or a new folder.") from None
+                raise DepthsegError(f"{held} is not from an evaluation of depthseg", "Choose an empty or a new folder.") from None
             if differ := _difference(earlier, self.settings):
                 raise DepthsegError(
                     f"{self.folder} holds a run with other options: {', '.join(differ)}",
                     "Choose another folder, or start anew in this one with --overwrite.",
                 )
-        elif journal.exists() or (self.folder / RESULTS).exists():
+        elif any((self.folder / name).exists() for name in OURS):
             raise DepthsegError(f"{self.folder} holds predictions but no {SETTINGS}", "Choose another folder, or add --overwrite.")
         with atomic(held) as part:
             part.write_text(json.dumps({"schema_version": 1, "settings": self.settings}, indent=1) + "\n")
-        self._file = open(journal, "a+b", buffering=0)  # held open until __exit__
+
+    def _resume(self) -> None:
+        """Read which images are done: only the head of each line, up to the results."""
         self._file.seek(0)
         end = 0
         for line in iter(self._file.readline, b""):
             if not line.endswith(b"\n"):  # torn by a crash
                 break
-            self.done.add(json.loads(line)["image_id"])
+            with contextlib.suppress(ValueError, KeyError):
+                head = json.loads(line.partition(b', "results": ')[0] + b"}")
+                image = self.images.get(head["image_id"])
+                if image is None or head["file"] == stamp(image):
+                    self._at[head["image_id"]] = end
             end += len(line)
         self._file.truncate(end)
-        return self
+        self._end = end
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    def write(self, image_id: int, results: list[dict], seconds: dict[str, float]) -> None:
+    def write(self, image: Image, results: list[dict], seconds: dict[str, float]) -> None:
         """One line for an image. The results lack image_id, which stands in front of them."""
-        self._file.write(json.dumps({"image_id": image_id, "seconds": seconds, "results": results}).encode() + b"\n")
-        self.done.add(image_id)
+        head = {"image_id": image.id, "file": stamp(image), "seconds": {name: round(s, 5) for name, s in seconds.items()}}
+        line = json.dumps({**head, "results": results}).encode() + b"\n"
+        try:
+            rest = line
+            while rest := rest[self._file.write(rest) :]:  # a disk that fills up takes the beginning first
+                pass
+        except OSError as error:
+            raise gave_out(error) from error
+        self._at[image.id] = self._end
+        self._end += len(line)
 
-    def lines(self) -> Iterator[dict]:
-        with open(self.folder / JOURNAL, "rb") as file:
-            yield from map(json.loads, file)
+    def take(self, results: list[dict]) -> None:
+        """Results from elsewhere, all at once."""
+        by_image: dict[int, list[dict]] = {}
+        for r in results:
+            by_image.setdefault(r["image_id"], []).append({k: v for k, v in r.items() if k != "image_id"})
+        for image in self.images.values():
+            self.write(image, by_image.get(image.id, []), {})
+        self.results()
 
-    def results(self, ids: set[int]) -> tuple[list[dict], list[dict[str, float]]]:
-        """The results of these images in the order of their ids, written to predictions.json too; and the seconds of each image."""
-        lines = sorted((line for line in self.lines() if line["image_id"] in ids), key=lambda line: line["image_id"])
-        found = [{"image_id": line["image_id"], **result} for line in lines for result in line["results"]]
-        with atomic(self.folder / RESULTS) as part, open(part, "w", encoding="utf-8") as file:
-            file.write("[" + ",\n".join(map(json.dumps, found)) + "]\n")
-        return found, [line["seconds"] for line in lines]
+    def results(self) -> tuple[list[dict], list[dict[str, float]]]:
+        """The results of the images in the order of their ids, written to predictions.json too; and the seconds of each image."""
+        found: list[dict] = []
+        seconds = []
+        with atomic(self.folder / RESULTS) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write("[")
+            for i in sorted(self.done):
+                self._file.seek(self._at[i])
+                line = json.loads(self._file.readline())
+                seconds.append(line["seconds"])
+                for result in line["results"]:
+                    found.append({"image_id": i, **result})
+                    file.write((",\n" if len(found) > 1 else "\n") + json.dumps(found[-1]))
+            file.write("\n]\n")
+        return found, seconds
 
 
 def _difference(earlier: dict, now: dict, inside: str = "") -> list[str]:
@@ -130,7 +176,7 @@ def read(path: Path, dataset: Dataset, agnostic: bool = False) -> tuple[list[dic
 
 
 def _checked(path: Path, at: int, entry: Any, sizes: dict[int, tuple[int, int]]) -> dict:
-    """The entry, with a compressed mask and every field that scoring reads."""
+    """The entry with a compressed mask, if every field that scoring reads is what it must be."""
 
     def wrong(what: str) -> DepthsegError:
         return DepthsegError(f"{path}: entry {at}: {what}", "Entries count from 0.")
@@ -143,6 +189,14 @@ def _checked(path: Path, at: int, entry: Any, sizes: dict[int, tuple[int, int]])
     score = entry.get("score", entry.get("predicted_iou"))
     if not isinstance(score, int | float) or not math.isfinite(score):
         raise wrong("score must be a finite number")
+    whole = {name: entry[name] for name in ("annotation_id", "clicks") if name in entry}
+    if any(type(value) is not int for value in whole.values()):
+        raise wrong("annotation_id and clicks must be whole numbers")
+    predicted, box = entry.get("predicted_iou"), entry.get("prompt_box", [0, 0, 0, 0])
+    if predicted is not None and not isinstance(predicted, int | float):
+        raise wrong("predicted_iou must be a number")
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+        raise wrong("prompt_box must be four finite numbers")
     if entry["image_id"] not in sizes:
         return entry
     try:
@@ -159,10 +213,15 @@ def by_name(names: dict[int, str], dataset: Dataset, words: Any) -> tuple[dict[i
     words: a function that gives a name's plain form. Raises DepthsegError if fewer than half of the names of the smaller table are
     found in the other: their zeros would look like a bad detector.
     """
-    known: dict[str, int] = {}
+    exact = {name.lower(): i for i, name in dataset.names.items()}
+    plain: dict[str, list[int]] = {}  # LVIS has five names that two kinds of thing share, but for a note in brackets
     for i, name in dataset.names.items():
-        known.setdefault(words(name), i)
-    table = {i: known[words(name)] for i, name in names.items() if words(name) in known}
+        plain.setdefault(words(name), []).append(i)
+    table = {}
+    for i, name in names.items():
+        alike = [exact[name.lower()]] if name.lower() in exact else plain.get(words(name), [])
+        if len(alike) == 1:
+            table[i] = alike[0]
     strange = [name for i, name in names.items() if i not in table]
     if len(table) < POOR * min(len(names), len(dataset.names)):
         some = ", ".join(strange[:NAMES_SHOWN]) + (", ..." if len(strange) > NAMES_SHOWN else "")

@@ -44,7 +44,8 @@ def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False) -
     p = PROTOCOLS[name]
     crowd = "Crowd regions are prompted and counted like instances." if p.crowds else "Crowd regions are left out."
     bounds = "32^2 and 96^2 pixels of the area field; an area on a bound counts " + ("on both sides." if p.shared else "above it only.")
-    best = "Of three candidate masks the one with the highest predicted IoU is the answer."
+    by = "IoU with the box" if p.by_box and prompt == "detector" else "predicted IoU"
+    best = f"Of three candidate masks the one with the highest {by} is the answer."
     if single:
         best = "The model answers a box, or three and more points, with one mask; fewer points with the best of three by predicted IoU."
     mean = ["IoU at original resolution, intersection / (union + 1e-7); the mean is over annotations of at least one pixel."]
@@ -67,8 +68,8 @@ def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False) -
             f"Sizes are split at {bounds}",
         ],
         "detector": [
-            "All boxes of the detector above its threshold become prompts.",
-            "Of three candidate masks the one with the highest IoU with the box is the answer." if p.by_box else best,
+            "Boxes are clipped to the image; those without area, and answers without a pixel, are left out.",
+            best,
             "Areas of predictions come from their masks.",
         ],
     }[prompt]

@@ -1,14 +1,14 @@
 """From ground truth and predictions to a report: metrics, their intervals, and where the errors come from. No model, no pixels."""
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
 
-from depthseg import ap, masks, metrics, published
+from depthseg import ap, fates, masks, metrics, published
 from depthseg.data import Failure
 from depthseg.errors import DepthsegError
 from depthseg.protocols import PROTOCOLS, in_words
@@ -16,13 +16,47 @@ from depthseg.schema import Array
 from depthseg.truth import Dataset, Truth
 
 RANKS = {"detector": "the score of the box", "predicted_iou": "predicted IoU", "product": "score x predicted IoU"}
-MATCH = 0.5  # IoU from which a prediction counts as right
-NEAR = 0.1  # IoU from which a prediction of the right class counts as a poor mask and not as background
+WHOLE = {"coco": 5000, "lvis": 19809}  # images of COCO val2017 and LVIS v1 val, on which others published figures
 DRAWS = 1000  # of the bootstrap
 AP_DRAWS, AP_IMAGES = 100, 500  # an AP has to be computed anew for each draw: fewer, and none for more images
 CROWDING = ((1, 2), (3, 7), (8, 15), (16, None))  # masks in one picture
 CONTRAST = (0.02, 0.1)  # bounds between flat, middling and clear jumps of depth at a mask's boundary
 BINS = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model, and how the answers become numbers, beside the Plan."""
+
+    prompt: str = "box"  # box, point or detector
+    clicks: tuple[int, ...] = ()  # point: masks are kept after so many
+    protocol: str = "official"  # a key of PROTOCOLS
+    seed: int = 0  # of random clicks
+    rank: str = "detector"  # a key of RANKS
+    agnostic: bool = False  # detector: classes count for nothing
+    threshold: float = 0.0  # agnostic: recall and precision are of predictions with this score or more
+
+    def __post_init__(self) -> None:
+        if self.prompt not in ("box", "point", "detector"):
+            raise DepthsegError(f"no prompt is called '{self.prompt}'", "Use box, point or detector.")
+        if self.prompt == "point" and (not self.clicks or min(self.clicks) < 1):
+            raise DepthsegError(f"no score after {self.clicks} clicks", "Name numbers from 1 up, like 1,3,5.")
+        if self.seed < 0:
+            raise DepthsegError(f"the seed {self.seed} is negative", "Use 0 or more.")
+
+    def scored(self, dataset: Dataset, results: Sequence[dict]) -> "Scored":
+        if self.prompt == "detector":
+            return detected(dataset, results, self.rank, self.agnostic, self.threshold)
+        return prompted(dataset, results, self.protocol, self.clicks)
+
+
+def names_of(ask: Request, kind: str) -> list[str]:
+    """The metrics that such a request gives on a data set of this kind."""
+    if ask.prompt == "detector":
+        engine = list(ap.LVIS_NAMES.values()) if kind == "lvis" and not ask.agnostic else list(ap.COCO_NAMES)
+        return [*engine, "predictions", "recall_50", "precision_50"]
+    means = [*(f"miou_{n}" for n in ask.clicks), *([] if ask.clicks else ["miou", "baseline_box", "baseline_ellipse"]), "boundary_iou"]
+    return [*(f"{name}{size}" for name in means for size in ("", "_small", "_medium", "_large")), "iou_correlation"]
 
 
 class Scored(NamedTuple):
@@ -42,7 +76,9 @@ def prompted(dataset: Dataset, results: Sequence[dict], protocol: str, clicks: S
     asked = [rules.asked(t) for t in dataset.truths]
     answers: dict[tuple[int, int], dict] = {}
     for r in results:
-        key = (r.get("annotation_id", -1), r.get("clicks", 0))
+        if "annotation_id" not in r:
+            continue
+        key = (r["annotation_id"], r.get("clicks", 0))
         if key in answers:
             raise DepthsegError(f"two predictions answer annotation {key[0]}", "Give the predictions of one run.")
         answers[key] = r
@@ -85,27 +121,22 @@ def prompted(dataset: Dataset, results: Sequence[dict], protocol: str, clicks: S
     )
 
 
-def detected(dataset: Dataset, results: Sequence[dict], rank: str = "detector", agnostic: bool = False, least: float = 0) -> Scored:
+def detected(dataset: Dataset, results: Sequence[dict], rank: str = "detector", agnostic: bool = False, threshold: float = 0) -> Scored:
     """Scores of detections: COCO's or LVIS' AP and AR, ranked by one of RANKS, and what became of truths and predictions.
 
-    agnostic: all classes count as one, by COCO's rules. least: as in ap.coco. Results may have `prompt_box` (xywh); without it a
+    agnostic: all classes count as one, by COCO's rules. threshold: as in ap.coco. Results may have `prompt_box` (xywh); without it a
     mask's own box stands in.
     """
-    if rank != "detector" and (without := sum("predicted_iou" not in r for r in results)):
-        raise DepthsegError(f"{without} predictions have no predicted_iou", "Rank them by --score detector.")
-    own = {
-        "detector": lambda r: r["score"],
-        "predicted_iou": lambda r: r["predicted_iou"],
-        "product": lambda r: r["score"] * r["predicted_iou"],
-    }
-    ranked = [{**r, "score": own[rank](r)} for r in results]
+    by_score = ranked(results, rank)
     as_lvis = dataset.kind == "lvis" and not agnostic
-    parts = ap.lvis(dataset, ranked) if as_lvis else ap.coco(dataset, ranked, agnostic, least)
-    errors, image, best = _errors(dataset, ranked, agnostic)
+    parts = ap.lvis(dataset, by_score) if as_lvis else ap.coco(dataset, by_score, agnostic, threshold)
+    spoken = {r["image_id"] for r in results}
+    silent = [t.image.key for t in dataset.truths if len(t) and t.image.id not in spoken]
+    errors, image, best = fates.errors(dataset, by_score, agnostic)
     intervals = {}
     if not as_lvis and len(dataset.truths) <= AP_IMAGES:
         draws = _draws(len(dataset.truths), AP_DRAWS)
-        intervals["ap"] = _bounds(ap.resampled(dataset, [ranked], draws, agnostic)[0])
+        intervals["ap"] = _bounds(ap.resampled(dataset, by_score, draws, agnostic))
     return Scored(
         {
             **parts,
@@ -113,10 +144,29 @@ def detected(dataset: Dataset, results: Sequence[dict], rank: str = "detector", 
             "intervals": intervals,
             "errors": errors,
             "histogram": _histogram(best),
-            "warnings": [],
+            "warnings": [f"{len(silent)} of {len(dataset.truths)} images have no prediction, like {silent[0]}"] if silent else [],
         },
         {"image_id": image, "iou": best},
     )
+
+
+def ranked(results: Sequence[dict], rank: str) -> list[dict]:
+    """The results with the score that one of RANKS means."""
+    if rank != "detector" and (without := sum(r.get("predicted_iou") is None for r in results)):
+        raise DepthsegError(f"{without} predictions have no predicted_iou", "Rank them by --score detector.")
+    own = {
+        "detector": lambda r: r["score"],
+        "predicted_iou": lambda r: r["predicted_iou"],
+        "product": lambda r: r["score"] * r["predicted_iou"],
+    }[rank]
+    return [{**r, "score": own(r)} for r in results]
+
+
+def by_image(table: dict[str, Array]) -> dict[int, float]:
+    """Mean IoU in percent by image id, from the columns of Scored.table."""
+    ids, at = np.unique(table["image_id"], return_inverse=True)
+    means = 100 * np.bincount(at, table["iou"], len(ids)) / np.maximum(np.bincount(at, minlength=len(ids)), 1)
+    return dict(zip(ids.tolist(), means.tolist()))
 
 
 def ids_of(dataset: Dataset) -> Array:
@@ -203,97 +253,25 @@ def interval(ids: Array, image: Array, iou: Array) -> list[float] | None:
     """
     at = np.searchsorted(ids, image)
     total, count = np.bincount(at, iou, len(ids)), np.bincount(at, minlength=len(ids))
-    drawn = _draws(len(ids), DRAWS)
-    return _bounds(100 * total[drawn].sum(1) / np.maximum(count[drawn].sum(1), 1))
+    sums = np.array([(total[drawn].sum(), count[drawn].sum()) for drawn in _draws(len(ids), DRAWS)])  # one by one: LVIS is large
+    with np.errstate(invalid="ignore"):  # a draw without any mask is left out
+        return _bounds(100 * sums[:, 0] / sums[:, 1])
 
 
-def paired_ap(dataset: Dataset, pair: Sequence[Sequence[dict]], agnostic: bool = False) -> list[float] | None:
-    """95 % interval of the difference of COCO's AP of two sets of results, first less second, on the same draws of images."""
-    first, second = ap.resampled(dataset, pair, _draws(len(dataset.truths), AP_DRAWS), agnostic)
-    return _bounds(first - second)
+def paired_miou(ids: Array, ask: Request, a: dict[str, Array], b: dict[str, Array]) -> dict[str, list[float] | None]:
+    """95 % intervals of a - b by metric, from the columns of Scored.table; ids: of all images, ascending."""
+    columns = {f"miou_{n}": f"iou_{n}" for n in ask.clicks} or {"miou": "iou"}
+    columns["boundary_iou"] = "boundary_iou"
+    return {name: interval(ids, a["image_id"], a[c] - b[c]) for name, c in columns.items()}
 
 
-# ---- where the errors of detections come from ----
-
-
-def _errors(dataset: Dataset, results: Sequence[dict], agnostic: bool) -> tuple[dict, Array, Array]:
-    """What became of each truth and of the best predictions (as many as there are truths), at IoU 0.5; crowds are left out.
-
-    Also the image id and the best IoU of a right-class prediction, for each truth.
-    """
-    by_image: dict[int, list[dict]] = {}
-    for r in results:
-        by_image.setdefault(r["image_id"], []).append(r)
-    truths, fates, best, image, boxed = Counter[str](), [], [], [], []
-    for t in dataset.truths:
-        found = sorted(by_image.get(t.image.id, []), key=lambda r: -r["score"])
-        things = t.keep(np.flatnonzero(~t.crowd))
-        rles = [r["segmentation"] for r in found]
-        overlap = masks.iou(rles, things.rle)
-        label = np.array([r["category_id"] for r in found], int)
-        same = np.ones(overlap.shape, bool) if agnostic else label[:, None] == things.label[None]
-        boxes = np.array([_xyxy(r["prompt_box"]) if "prompt_box" in r else masks.boxes([r["segmentation"]])[0] for r in found])
-        box_iou = _box_iou(boxes.reshape(-1, 4), things.box)
-        for g in range(len(things)):
-            mine, near = np.where(same[:, g], overlap[:, g], 0), same[:, g] & (box_iou[:, g] >= MATCH)
-            best.append(mine.max(initial=0))
-            image.append(t.image.id)
-            if near.any():
-                boxed.append(overlap[int(near.argmax()), g])
-            if best[-1] >= MATCH:
-                truths["found"] += 1
-            elif near.any():
-                truths["poor_mask"] += 1
-            else:
-                truths["wrong_class" if (overlap[:, g] >= MATCH).any() else "missed"] += 1
-        on_crowd = masks.covered(rles, [t.rle[i] for i in np.flatnonzero(t.crowd)]).max(1, initial=0) >= MATCH
-        fates += _fates(overlap, same, on_crowd, [r["score"] for r in found])
-    fates.sort(key=lambda pair: -pair[0])
-    predictions = Counter(fate for _, fate in fates[: len(best)])
-    total = max(1, len(best))
-    return (
-        {
-            "truth": {name: truths[name] for name in ("found", "poor_mask", "wrong_class", "missed")},
-            "predictions": {name: predictions[name] for name in ("right", "duplicate", "wrong_class", "poor_mask", "background")},
-            "box_recall": 100 * len(boxed) / total,
-            "miou_given_box": float(100 * np.mean(boxed)) if boxed else None,
-        },
-        np.array(image, np.int64),
-        np.array(best, float),
-    )
-
-
-def _fates(overlap: Array, same: Array, on_crowd: Array, scores: Sequence[float]) -> list[tuple[float, str]]:
-    """Score and fate of each prediction of one image, best first; those on crowds have none."""
-    taken, out = np.zeros(overlap.shape[1], bool), []
-    for row, kind, crowd, score in zip(overlap, same, on_crowd, scores):
-        hit = kind & (row >= MATCH)
-        if (hit & ~taken).any():
-            taken[np.where(hit & ~taken, row, -1).argmax()] = True
-            fate = "right"
-        elif hit.any():
-            fate = "duplicate"
-        elif crowd:
-            continue
-        elif (row >= MATCH).any():
-            fate = "wrong_class"
-        else:
-            fate = "poor_mask" if (kind & (row >= NEAR)).any() else "background"
-        out.append((score, fate))
-    return out
-
-
-def _xyxy(box: Sequence[float]) -> list[float]:
-    x, y, w, h = box
-    return [x, y, x + w, y + h]
-
-
-def _box_iou(a: Array, b: Array) -> Array:
-    """IoU of boxes xyxy, (len(a), len(b))."""
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    both = np.clip(sides, 0, None).prod(2)
-    areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
-    return both / np.maximum(areas[0][:, None] + areas[1][None] - both, 1e-9)
+def paired_ap(dataset: Dataset, ask: Request, a: Sequence[dict], b: Sequence[dict]) -> dict[str, list[float] | None]:
+    """95 % interval of the difference of COCO's AP of two sets of results, on the same draws; nothing for LVIS or many images."""
+    if (dataset.kind == "lvis" and not ask.agnostic) or len(dataset.truths) > AP_IMAGES:
+        return {}
+    draws = _draws(len(dataset.truths), AP_DRAWS)
+    first, second = (ap.resampled(dataset, ranked(results, ask.rank), draws, ask.agnostic) for results in (a, b))
+    return {"ap": _bounds(first - second)}
 
 
 # ---- what geometry alone gets from a box ----
@@ -327,12 +305,8 @@ def _shape(box: Array, size: tuple[int, int], inside: Callable[[Array, Array], A
 def report(
     dataset: Dataset,
     scored: Scored,
+    ask: Request,
     *,
-    prompt: str,
-    protocol: str,
-    clicks: Sequence[int] = (),
-    rank: str = "detector",
-    agnostic: bool = False,
     zoom: bool = False,
     single: bool = False,
     model: str = "",
@@ -340,18 +314,27 @@ def report(
     failed: Sequence[Failure] = (),
     warnings: Sequence[str] = (),
     seconds: Sequence[dict[str, float]] = (),
+    peak: float | None = None,
     device: str = "",
     provenance: dict | None = None,
 ) -> dict:
-    """The one object behind report.json, report.md and the page: JSON values, as README says. `seconds`: by stage, of each image."""
+    """The one object behind report.json, report.md and the page, of JSON values.
+
+    zoom, single: as in protocols.in_words. seconds: by stage, of each image. peak: memory in MiB.
+    """
+    prompt, protocol, clicks = ask.prompt, ask.protocol, ask.clicks
     parts = dict(scored.report)
     many = ", ".join(map(str, clicks))
     what = {"box": "true boxes", "point": f"{many} clicks", "detector": f"boxes of {detector or 'a detector'}"}[prompt]
     rules = in_words(protocol, prompt, zoom, single)
     if prompt == "detector":
-        rules += [f"Predictions are ranked by {RANKS[rank]}.", f"AP by {parts.pop('engine')}{', without classes' if agnostic else ''}."]
+        rules += [
+            f"Predictions are ranked by {RANKS[ask.rank]}.",
+            f"AP by {parts.pop('engine')}{', without classes' if ask.agnostic else ''}.",
+        ]
     kind = next((k for k in ("vitdet", "yolov8", "groundingdino") if k in detector), "") if prompt == "detector" else ""
-    comparable = prompt != "detector" or kind
+    whole = not dataset.left_out and not failed and len(dataset.truths) == WHOLE[dataset.kind]
+    comparable = whole and protocol == "official" and not ask.agnostic and not zoom and (prompt != "detector" or kind)
     done = {t.image.id for t in dataset.truths}
     known = [*dataset.warnings, *warnings, *parts.pop("warnings")]
     if dataset.left_out:
@@ -374,14 +357,15 @@ def report(
         "prompt": prompt,
         "clicks": list(clicks) or None,
         "protocol": protocol,
-        "agnostic": agnostic,
+        "agnostic": ask.agnostic,
+        "rank": ask.rank,
         "protocol_in_words": rules,
         "dataset": dataset.about(),
         **parts,
         "published": {"metrics": list(published.METRICS[prompt]), "rows": published.rows(dataset.kind, prompt, kind)}
         if comparable
         else None,
-        "speed": {"stages": means, "images_per_second": len(seconds) / total, "seconds": total, "peak_mib": _peak(), "device": device}
+        "speed": {"stages": means, "images_per_second": len(seconds) / total, "seconds": total, "peak_mib": peak, "device": device}
         if total
         else None,
         "provenance": provenance or {},
@@ -393,7 +377,7 @@ def headline(report: dict) -> str:
     return {"box": "miou", "point": f"miou_{max(report['clicks'] or [1])}", "detector": "ap"}[report["prompt"]]
 
 
-def _peak() -> float | None:
+def peak_mib() -> float | None:
     """The most memory that this process has held, in MiB."""
     try:
         import resource

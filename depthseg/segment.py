@@ -232,7 +232,7 @@ class Segmenter:
 
         def stage(name: str, call: Callable[[list[Image]], Sequence[T]]) -> dict[int, T]:
             """What `call` gives for the images that are left; those that it cannot take become failures."""
-            with self._timed(spent, name):
+            with self.timed(spent, name):
                 results = dict(zip(images, one_by_one_if_need_be(name, call, list(images.values()))))
             for k, result in results.items():
                 if isinstance(result, Failure):
@@ -247,7 +247,7 @@ class Segmenter:
         overlap = catalog.DETECTORS[self.detector].overlap if self.detector in catalog.DETECTORS else ""
         answers = self.masks_for(views, [_prompts(asked[k]) for k in images], strict=grid, spent=spent)
         for (k, image), found in zip(images.items(), answers):
-            with self._timed(spent, "masks"):
+            with self.timed(spent, "masks"):
                 labels = self.source.categories(image) if isinstance(self.source, PointsFile) else None
                 result = _masks(found, asked[k], labels, overlap, self.plan)
             out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
@@ -291,7 +291,7 @@ class Segmenter:
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
         frames = [Frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
-        with self._timed(spent, "encode"), inference(self.device, self.precision):
+        with self.timed(spent, "encode"), inference(self.device, self.precision):
             rgb = self._tensor(np.stack([f.image(v.pixels) for f, v in zip(frames, views)]))
             maps = [f.depth(v.depth) for f, v in zip(frames, views) if v.depth is not None]
             features = self.network.encode(rgb, self._tensor(np.stack(maps)) if maps else None)
@@ -313,9 +313,9 @@ class Segmenter:
         for (multimask, _), flat in groups.items():
             for start in range(0, len(flat), plan.prompt_batch):
                 chunk = flat[start : start + plan.prompt_batch]
-                with self._timed(spent, "decode"), inference(self.device, self.precision):
+                with self.timed(spent, "decode"), inference(self.device, self.precision):
                     low, ious = self._best(encoded, asked, chunk, multimask)
-                with self._timed(spent, "masks"):
+                with self.timed(spent, "masks"):
                     for (v, i), logits, iou in zip(chunk, low, ious.tolist()):
                         frame, view = encoded.frames[v], encoded.views[v]
                         h, w = frame.valid(len(logits))
@@ -345,7 +345,8 @@ class Segmenter:
         logits, iou = self.network.decode(
             encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask
         )
-        best = (_fit(logits, points, labels) if self.by_box else iou).argmax(1)  # before anything is enlarged
+        rank = _fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
+        best = rank.argmax(1)  # before anything is enlarged
         every = torch.arange(len(best), device=best.device)
         return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
 
@@ -359,7 +360,7 @@ class Segmenter:
         return torch.from_numpy(array).to(self.device)
 
     @contextmanager
-    def _timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
+    def timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         if spent is not None:

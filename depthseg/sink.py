@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from depthseg import __version__, formats
-from depthseg.data import Failure, gave_out, read
+from depthseg.data import Failure, gave_out, read, stamp
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Image, Record
@@ -52,6 +52,20 @@ def failed_keys(output: str | Path) -> list[str]:
         raise DepthsegError(f"{path} cannot be read ({e})", "Leave --retry-failed out: failed images are tried again anyway.") from e
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process writes to."""
+    with open(folder / ".lock", "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DepthsegError(f"another process is writing to {folder}", "Wait for it to end.") from None
+            except OSError:
+                pass  # some network file systems have no locks
+        yield
+
+
 class Sink:
     """A context manager that owns the output folder of one run. `done` holds the keys that need no work any more.
 
@@ -83,7 +97,7 @@ class Sink:
         except OSError as e:
             raise DepthsegError(f"cannot write to the output folder {self.output} ({e.strerror})", "Choose another with -o.") from None
         with contextlib.ExitStack() as undo:
-            undo.enter_context(self._lock())
+            undo.enter_context(locked(self.output))
             self._claim()
             (self.output / "failures.jsonl").unlink(missing_ok=True)  # its images are about to be tried again
             self._journal = undo.enter_context(open(self.output / "journal.jsonl", "a+b", buffering=0))
@@ -101,18 +115,6 @@ class Sink:
                 except OSError:
                     if error is None:  # else the full disk has been told already: the journal holds what was done
                         raise
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.output / ".lock", "w") as file:
-            if fcntl:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise DepthsegError(f"another process is writing to {self.output}", "Wait for it to end.") from None
-                except OSError:
-                    pass  # some network file systems have no locks
-            yield
 
     def _claim(self) -> None:
         """See to it that the folder is empty or holds a run with this plan."""
@@ -156,7 +158,7 @@ class Sink:
                 with contextlib.suppress(ValueError, KeyError):
                     head = json.loads(line.partition(b', "instances": ')[0] + b"}")
                     image = known.get(head["key"])
-                    if image is None or (head["file"] == _stamp(image) and set(self._made) <= set(head["pictures"])):
+                    if image is None or (head["file"] == stamp(image) and set(self._made) <= set(head["pictures"])):
                         self._offsets[head["key"]] = end
                 end += len(line)
         self._journal.truncate(end)
@@ -188,7 +190,7 @@ class Sink:
                 "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],  # COCO's xywh
                 "segmentation": {"size": list(rle["size"]), "counts": rle["counts"]},
             })  # fmt: skip
-        head = {"key": key, "id": image.id, "size": list(image.size), "file": _stamp(image), "pictures": self._made}
+        head = {"key": key, "id": image.id, "size": list(image.size), "file": stamp(image), "pictures": self._made}
         seconds = {stage: round(s, 5) for stage, s in record.seconds.items()}
         line = json.dumps(head | {"instances": instances, "seconds": seconds, "plan": record.plan}).encode() + b"\n"
         with self._told():
@@ -292,15 +294,6 @@ class Sink:
 def _json_file(path: Path) -> Iterator[IO[str]]:
     with formats.atomic(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
         yield file
-
-
-def _stamp(image: Image) -> list[int] | None:
-    """Size and time of the picture's file: tell whether another picture has taken its name. None without a file."""
-    try:
-        about = os.stat(image.path) if image.path else None
-    except OSError:
-        return None
-    return [about.st_size, about.st_mtime_ns] if about else None
 
 
 def resolved(extra: dict) -> dict[str, str]:

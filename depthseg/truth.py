@@ -96,12 +96,13 @@ def read(
     if kind and kind != found:
         raise DepthsegError(f"{annotations} is a {found.upper()} file, not a {kind.upper()} one", f"Say --dataset {found}, or nothing.")
     _once(annotations, "image", [row.get("id") for row in listed])
-    _once(annotations, "annotation", [row["id"] for row in annotated if "id" in row])
-    by_image: dict = {row.get("id"): [] for row in listed}
+    _once(annotations, "annotation", [row.get("id", at) for at, row in enumerate(annotated, 1)])
+    by_image: dict[int, list[tuple[int, dict]]] = {row["id"]: [] for row in listed}
     strangers = 0
-    for at, row in enumerate(annotated):
-        if row.get("image_id") in by_image:
-            by_image[row["image_id"]].append((row.get("id", at + 1), row))
+    for at, row in enumerate(annotated, 1):
+        own = row.get("image_id")
+        if type(own) is int and own in by_image:
+            by_image[own].append((row.get("id", at), row))
         else:
             strangers += 1
     chosen = sorted(_choose(Path(images), annotations, listed, subset, seed, only), key=lambda pair: pair[0]["id"])
@@ -130,10 +131,9 @@ def _foreign(annotations: Path, error: Exception, where: str = "") -> DepthsegEr
 
 
 def _once(annotations: Path, what: str, ids: list) -> None:
-    try:
-        (worst, times), *_ = Counter(ids).most_common(1) or [(None, 0)]
-    except TypeError as error:  # a list as an id
-        raise _foreign(annotations, error) from error
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise _foreign(annotations, TypeError(f"the {what} id {str(wrong[0])[:40]!r} is no whole number"))
+    (worst, times), *_ = Counter(ids).most_common(1) or [(None, 0)]
     if times > 1:
         raise DepthsegError(f"{annotations}: the {what} id {worst} occurs {times} times", "Each id may occur once.")
 
@@ -149,9 +149,17 @@ def _choose(
         listed = [listed[i] for i in sorted(drawn)]
     located = [(row, _locate(folder, row)) for row in listed]
     if only:
-        located = [(row, path) for row, path in located if {str(row.get("file_name")), _key(path, folder)} & set(only)]
-        if not located:
-            raise DepthsegError(f"no image of {annotations} is called {' or '.join(only)}", "Keys are paths below --images.", NOTHING_TO_DO)
+        names = {id(row): {str(row.get("file_name")), _key(path, folder)} for row, path in located}
+        if strange := set(only) - set().union(*names.values()):
+            what = f"no image of {annotations} is called {' or '.join(sorted(strange))}"
+            raise DepthsegError(what, "Keys are paths below --images.", NOTHING_TO_DO)
+        located = [(row, path) for row, path in located if names[id(row)] & set(only)]
+    paths = Counter(path for _, path in located)
+    if paths and paths.most_common(1)[0][1] > 1:
+        twice = paths.most_common(1)[0][0]
+        raise DepthsegError(
+            f"{annotations}: two images are found in one file, {twice}", "Keep the folders of their file_name below --images."
+        )
     if not any(path.is_file() for _, path in located):
         raise DepthsegError(f"the image {located[0][1].name} is not in {folder}", "Give the folder that the annotations are about.")
     yield from located

@@ -17,7 +17,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch.nn import functional as F
 
-from depthseg import catalog, evaluate, score, truth
+from depthseg import asking, catalog, score, truth
 from depthseg.data import read
 from depthseg.masks import decode
 from depthseg.plan import Plan
@@ -77,9 +77,9 @@ def official(segmenter, data, annotations, clicks):
 
 def ours(segmenter, data, clicks):
     """mIoU in percent after each number of clicks, or for boxes."""
-    ask = evaluate.Request("point", clicks) if clicks else evaluate.Request()
+    ask = score.Request("point", clicks) if clicks else score.Request()
     with tempfile.TemporaryDirectory() as folder:
-        results, *_ = evaluate.predict(data, segmenter, ask, Path(folder))
+        results, *_ = asking.predict(data, segmenter, ask, Path(folder))
         scores = score.prompted(data, results, "official", clicks or ()).report["metrics"]
     return [scores[f"miou_{n}"] for n in clicks] if clicks else [scores["miou"]]
 

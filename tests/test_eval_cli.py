@@ -28,7 +28,7 @@ def test_eval_prints_a_table_and_writes_a_report(run, pictures, coco_file, tmp_p
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["schema_version"] == 1 and report["metrics"]["miou"] > 1 and report["provenance"]["command"].startswith("depthseg ")
     assert stdout.splitlines()[-1] == str(tmp_path / "a" / "report" / "index.html")
-    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    names = sorted(p.name for p in (tmp_path / "a").iterdir() if p.name != ".lock")
     assert names == ["predictions.json", "predictions.jsonl", "report", "report.json", "report.md", "run.json", "scores.json"]
 
     code, _, err = run(*words[:5], "--predictions", tmp_path / "a" / "predictions.json", "-o", tmp_path / "b", "--expect", "miou>100")
@@ -49,7 +49,7 @@ def test_eval_prints_a_table_and_writes_a_report(run, pictures, coco_file, tmp_p
 
 def test_eval_of_clicks_can_be_drawn_at_random(run, pictures, coco_file, tmp_path):
     words = ["eval", "--images", pictures, "--annotations", coco_file, "--prompt", "point", "--protocol", "efficientsam"]
-    code, stdout, err = run(*words, "--clicks", "2,1", "--ablate-depth", "--only", "a.png", "-o", tmp_path / "o")
+    code, stdout, err = run(*words, "--clicks", "2,1", "--ablate-depth", "--only", "a.png", "--only", "b.jpg", "-o", tmp_path / "o")
     assert code == 0 and "miou_2 " in stdout and "what depth adds" in stdout, err
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     assert report["clicks"] == [1, 2] and set(report["ablation"]["modes"]) == {"on", "off", "constant", "shuffled"}
@@ -59,7 +59,9 @@ def test_eval_of_clicks_can_be_drawn_at_random(run, pictures, coco_file, tmp_pat
     ("words", "code", "reason"),
     [
         ("--expect nonsense", 2, "cannot be read"),
-        ("--expect what>=3", 2, "no metric 'what'"),
+        ("--expect moiu>=3", 2, "Did you mean miou"),
+        ("--expect miou>=1.2.3", 2, "cannot be read"),
+        ("--prompt point --protocol efficientsam --seed -1", 2, "negative"),
         ("--detector yolov8m", 2, "--prompt detector"),
         ("--prompt detector --detector yolov8m", 5, "not on this machine"),
         ("--predictions nowhere.json", 2, "cannot read"),

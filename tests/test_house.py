@@ -20,10 +20,10 @@ README = ROOT / "README.md"
 LAYERS = {
     "ground": "depthseg errors plan catalog",
     "data": "schema masks prompts data selection sink formats metrics sa1b augment "
-    "truth protocols predictions ap score published report gallery compare",
+    "truth protocols predictions ap fates score published report gallery compare",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
-    "segment": "segment",
+    "segment": "segment asking",
     "verbs": "evaluate train bench",
     "edge": "options terminal weights_cli eval_cli cli __main__",
 }

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import binary_erosion
 from test_ap import SIZE, dataset, made_up
 
-from depthseg import compare, masks, metrics, predictions, score
+from depthseg import ap, compare, masks, metrics, predictions, score
 from depthseg.errors import DepthsegError
 
 
@@ -80,7 +80,7 @@ def test_prompts_without_an_answer_count_as_nothing():
     with pytest.raises(DepthsegError, match="two predictions answer"):
         score.prompted(dataset(truth), found * 2, "official")
     with pytest.raises(DepthsegError, match="annotation_id"):
-        score.prompted(dataset(truth), [result(1, (0, 0, 10, 10), 1.0)], "official")
+        score.prompted(dataset(truth), [result(1, (0, 0, 10, 10), 1.0)] * 2, "official")
 
 
 def test_bounds_of_sizes_and_crowds_by_protocol():
@@ -100,7 +100,12 @@ def test_intervals_hold_the_mean_and_shrink_with_agreement():
     low, high = score.interval(ids, image, np.full(200, 0.25))
     assert low == pytest.approx(25) == pytest.approx(high)
     data = dataset(made_up(4)[0])
-    assert score.paired_ap(data, [made_up(4)[1]] * 2) == [0, 0]
+    ask, results = score.Request("detector"), made_up(4)[1]
+    assert score.paired_ap(data, ask, results, results) == {"ap": [0, 0]}
+    low, high = score.paired_ap(data, ask, results, [])["ap"]
+    plain = ap.coco(data, results)["metrics"]["ap"]
+    assert 0 < low < plain < high
+    assert score.interval(ids, np.zeros(4, int), np.full(4, 0.8)) == pytest.approx([80, 80])  # one image holds all masks
 
 
 def by_erosion(mask, steps):
@@ -174,11 +179,11 @@ def test_predictions_about_something_else_are_counted(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(DepthsegError, match="not from a run"), predictions.Journal(tmp_path, {}):
+    with pytest.raises(DepthsegError, match="not from an evaluation"), predictions.Journal(tmp_path, {}, dataset(table())):
         pass
     (tmp_path / "run.json").unlink()
     (tmp_path / "predictions.json").write_text("mine")
-    with pytest.raises(DepthsegError, match="predictions but no"), predictions.Journal(tmp_path, {}):
+    with pytest.raises(DepthsegError, match="predictions but no"), predictions.Journal(tmp_path, {}, dataset(table())):
         pass
     assert (tmp_path / "predictions.json").read_text() == "mine"
 
@@ -190,7 +195,7 @@ def written(folder, results, data, **changes):
     """A finished evaluation in a folder."""
     folder.mkdir()
     scored = score.prompted(data, results, "official")
-    report = {**score.report(data, scored, prompt="box", protocol="official"), **changes}
+    report = {**score.report(data, scored, score.Request()), **changes}
     (folder / "report.json").write_text(json.dumps(report))
     compare.write_scores(folder, data, scored.table)
     return folder

@@ -59,7 +59,8 @@ def test_a_whole_run(tmp_path, images):
             sink.write(record(image))
         assert sink.done == {"a.png", "b.jpg", "sub/c.png"}
     about = manifest(out)
-    assert about["state"] == "finished" and about["counts"] == {"images": 3, "done": 3, "failed": 0, "skipped": 0, "earlier": 0, "instances": 4}
+    counts = {"images": 3, "done": 3, "failed": 0, "skipped": 0, "earlier": 0, "instances": 4}
+    assert about["state"] == "finished" and about["counts"] == counts
     assert about["schema_version"] == 1 and about["extra"] == {"weights": "abc"} and about["digest"] == PLAN.digest()
     assert Plan.from_json(about["plan"]) == PLAN and about["finished"] >= about["started"]
     pictures = json.loads((out / "images.json").read_text())
