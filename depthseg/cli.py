@@ -436,6 +436,22 @@ def train(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder that `segment` wrote.", show_default=False)],
+    debug: opt.Debug = False,
+) -> None:
+    """Make a page of a run's pictures, with filters by class and score and what failed; it opens offline.
+
+    [bold]depthseg report out[/bold]
+    """
+    with interruptible("stopped; run the same command again"):
+        from depthseg import album
+
+        page = album.write(run)
+    typer.echo(page)
+
+
+@app.command()
 def bench(
     paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs.", show_default=False)],
     limit: Annotated[int, typer.Option(min=1, help="Take only the first so many images.", rich_help_panel=INPUT)] = 16,

@@ -466,14 +466,14 @@ def _page(r: dict, gallery: Iterable[Block] = ()) -> str:
     return f"""<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <meta http-equiv=Content-Security-Policy content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
-<link rel=icon href="data:,"><title>{re.sub("</?em>", "", title)}</title><style>{_CSS}</style>
+<link rel=icon href="data:,"><title>{re.sub("</?em>", "", title)}</title><style>{CSS}</style>
 <main><header><h1>{title}</h1><div class=numbers>{"".join(numbers)}</div><p>{escape(_subject(r))}</p></header>
 {box if gap or notes else ""}<nav aria-label=Sections>{"".join(links)}</nav>{"".join(body)}
 <footer>depthseg report, schema {r["schema_version"]:d}. The same figures stand in report.md and report.json.</footer></main></html>
 """
 
 
-_CSS = """
+CSS = """
 :root{color-scheme:light dark;--page:#fdfdfc;--ink:#1c2024;--soft:#5c636b;--line:#e3e3df;--panel:#f1f2ef;--bad:#b3261e;--badpage:#fdf1ef;
 --warn:#8a6100;--warnpage:#fdf8e8;--s0:#2b6f98;--s1:#c2651a;--s2:#3c8a5b;--s3:#8a5aa5;--s4:#a9473f;--s5:#77752c}
 @media screen and (prefers-color-scheme:dark){:root{--page:#14171a;--ink:#e6e8e6;--soft:#9fa6ad;--line:#2d3237;--panel:#20252a;

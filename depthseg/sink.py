@@ -27,7 +27,7 @@ except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
 _PICTURES = ("overlays", "depth_panel", "labelmaps", "instances")  # fields of Plan that ask for pictures
-_OURS = ("run.json", "journal.jsonl", "failures.jsonl", "predictions.json", "images.json", "overlays", "labelmaps", "instances")
+_OURS = ("run.json", "journal.jsonl", "failures.jsonl", "predictions.json", "images.json", "overlays", "labelmaps", "instances", "report")
 _NEXT = "Choose another folder, or start anew in this one with --overwrite."
 
 

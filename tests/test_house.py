@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 LAYERS = {
     "ground": "depthseg errors plan catalog",
     "data": "schema masks prompts data selection sink formats metrics sa1b augment "
-    "truth protocols predictions ap fates score published report gallery compare",
+    "truth protocols predictions ap fates score published report gallery compare album",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
     "segment": "segment asking",
@@ -38,7 +38,7 @@ FOREIGN = {  # third parties that each layer may use, beside the standard librar
     "edge": {"typer", "rich"},
 }
 HEAVY = ("torch", "numpy", "PIL", "transformers")
-VERBS = ("segment", "detect", "eval", "compare", "depth", "train", "bench", "models", "weights")
+VERBS = ("segment", "detect", "eval", "compare", "report", "depth", "train", "bench", "models", "weights")
 
 
 def files():
