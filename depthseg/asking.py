@@ -17,7 +17,7 @@ from depthseg.data import Failure, read, read_ahead
 from depthseg.depth import DepthFolder
 from depthseg.detect import BoxesFile
 from depthseg.detect.classes import words
-from depthseg.errors import DepthsegError
+from depthseg.errors import NOTHING_TO_DO, SOME_FAILED, DepthsegError
 from depthseg.plan import Plan
 from depthseg.protocols import PROTOCOLS
 from depthseg.schema import Array, Boxes, Depth, Image, Prompts, Record
@@ -75,6 +75,9 @@ def predict(
     Results lie in `folder` as each image is done: a stopped run goes on there. What is wrong with one image ends that image only.
     Raises DepthsegError.
     """
+    rules = PROTOCOLS[ask.protocol]
+    if ask.prompt != "detector" and not any(len(rules.asked(t)) for t in dataset.truths):
+        raise DepthsegError(f"{dataset.file} has no mask to ask for under these rules", "Choose other images or rules.", NOTHING_TO_DO)
     answers = _clicks if ask.prompt == "point" else _boxes
     failed: list[Failure] = []
     with predictions.Journal(folder, settings(dataset, segmenter, ask), dataset, overwrite) as journal:
@@ -87,7 +90,7 @@ def predict(
                 journal.write(truth.image, *answer)
             progress(before + done, len(dataset.truths))
         if failed and len(failed) == len(dataset.truths):
-            raise DepthsegError(f"no image could be used; {failed[0].image.key}: {failed[0].reason}", "Check --images.")
+            raise DepthsegError(f"no image could be used; {failed[0].image.key}: {failed[0].reason}", "Check --images.", SOME_FAILED)
         return (*journal.results(), failed)
 
 
@@ -247,7 +250,7 @@ def _next(ask: Request, annotation: int, truth: Array, seen: Array, clicked: Arr
     """The next click: x, y, positive."""
     if not PROTOCOLS[ask.protocol].random:
         return prompts.next_click(truth, seen, clicked)
-    return prompts.random_click(truth, len(clicked), np.random.default_rng([ask.seed, annotation]))
+    return prompts.random_click(truth, len(clicked), np.random.default_rng([ask.seed, abs(annotation)]))
 
 
 # ---- other depth ----

@@ -19,6 +19,10 @@ import typer
 
 from depthseg import __version__, catalog
 from depthseg import options as opt
+from depthseg.config import Config
+from depthseg.config import app as config_app
+from depthseg.convert_cli import convert
+from depthseg.doctor import doctor
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.eval_cli import compare, evaluate
 from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, RUN
@@ -44,11 +48,13 @@ def _version(wanted: bool) -> None:
 
 
 app.add_typer(weights_app, name="weights")
+app.add_typer(config_app, name="config")
 
 
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    settings: Config = None,
 ) -> None:
     """A folder of photographs becomes instance masks, with the help of depth."""
 
@@ -293,6 +299,7 @@ def detect(
 
 app.command("eval")(evaluate)
 app.command("compare")(compare)
+app.command("convert")(convert)
 
 
 @app.command("depth")
@@ -557,6 +564,9 @@ def _listed() -> None:
         typer.echo(f"{', '.join(dict.fromkeys(which))}: {text}")
 
 
+app.command()(doctor)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -580,7 +590,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _verbs() -> list[str]:
-    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback] + ["weights"]
+    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback] + ["weights", "config"]
 
 
 def _explain(kind: str, message: str, hint: str) -> None:

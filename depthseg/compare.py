@@ -1,6 +1,7 @@
 """Two evaluated runs side by side: what changed, how sure that is, and on which images. Reads their folders, runs no model."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,12 @@ def _load(folder: Path) -> tuple[dict, dict, dict[str, Array]]:
     try:
         report = json.loads((folder / "report.json").read_bytes())
         scores = json.loads((folder / SCORES).read_bytes())
-        columns = {name: np.array(column) for name, column in scores["masks"].items()}
+        columns = {name: np.array(column, int if name.endswith("_id") else float) for name, column in scores["masks"].items()}
+        if not all(value is None or math.isfinite(value) for value in report["metrics"].values()):
+            raise ValueError("a metric is no number")
+        if len({len(column) for column in columns.values()}) != 1 or report["metrics"][score.headline(report)] is None:
+            raise ValueError("its scores are not whole")
+        report["protocol"], report["rank"], report["agnostic"], report["dataset"]["sha256"]
         return report, scores["images"], columns
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DepthsegError(

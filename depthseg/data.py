@@ -39,6 +39,7 @@ _DECODERS: tuple[tuple[tuple[bytes, ...], Callable], ...] = (
     ((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), PpmImagePlugin.PpmImageFile),
     ((b"BM",), BmpImagePlugin.BmpImageFile),
 )
+_SCANNED = 30_000_000_000  # pixels times scans of a progressive JPEG: about a minute; a camera's have ten scans
 _ORIENTATION = 0x0112  # EXIF tag; its values 2..8 are undone by these
 _UPRIGHT = dict(enumerate(PILImage.Transpose[n] for n in (
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")))  # fmt: skip
@@ -140,19 +141,19 @@ def _walk(root: str, exclude: str | None) -> Iterator[str]:
     links: list[tuple[str, str]] = []
     while folders or links:
         folder, prefix = folders.pop() if folders else links.pop(0)  # links last, so that a file keeps its own path
-        if (this := identity(folder)) in seen:
-            continue
-        seen.add(this)
         try:
+            if (this := identity(folder)) in seen:
+                continue
+            seen.add(this)
             entries = list(os.scandir(folder))
         except OSError as error:
             raise DepthsegError(f"cannot list the folder '{folder}' ({error.strerror})") from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # entry.is_dir raises for a link to itself
                 (links if entry.is_symlink() else folders).append((entry.path, f"{prefix}{entry.name}/"))
-            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_symlink() or entry.is_file()):
                 yield prefix + entry.name  # a dangling link too: it becomes a failure, not a gap
 
 
@@ -241,6 +242,8 @@ def _from_file(image: Image, use: Callable[[IO[bytes]], T]) -> T:
     except Exception as error:  # decoders raise a dozen types on broken files: OSError, SyntaxError, struct.error, EOFError...
         if any(word in str(error).lower() for word in ("truncated", "not enough", "eof", "end of file")):
             raise Unreadable("truncated file") from error
+        if isinstance(error, OSError) and error.strerror:  # the system's own, without the path, which is no news
+            raise Unreadable(error.strerror.lower()) from error
         raise Unreadable(f"broken file ({str(error) or type(error).__name__})") from error
 
 
@@ -275,6 +278,10 @@ def _decode(file: IO[bytes], max_pixels: int) -> Array:
             raise Unreadable(f"too large ({width} x {height} = {width * height / 1e6:g} megapixels, the limit is {limit})")
         if not width * height:
             raise Unreadable("no pixels (a side is 0)")
+        if "progressive" in picture.info:  # each scan is a pass over all pixels and may take but a few bytes: hours in a small file
+            file.seek(0)
+            if file.read().count(b"\xff\xda") * width * height > _SCANNED:
+                raise Unreadable("too many scans for a picture of this size")
         picture.load()
         try:
             turned = picture.getexif().get(_ORIENTATION, 1)  # after load: TIFF pictures are turned there, and lose the tag
@@ -297,6 +304,7 @@ def _rgb(picture: PILImage.Image) -> PILImage.Image:
             finite = np.isfinite(grey)
             low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0, 1)
             grey = np.clip(np.nan_to_num(grey, nan=low, posinf=high, neginf=low), low, high)
+            grey, low, high = (grey - low) / ((high - low) or 1), 0, 1  # still float64: float32 need not hold the range
         scaled = (grey.astype(np.float32) - np.float32(low)) * np.float32(255 / ((high - low) or 1))
         return PILImage.fromarray((scaled + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data or mode in ("RGBa", "La"):
@@ -304,7 +312,7 @@ def _rgb(picture: PILImage.Image) -> PILImage.Image:
         white = PILImage.new("RGB", layer.size, "white")
         white.paste(layer, mask=layer.getchannel("A"))
         return white
-    return picture.convert("RGB")
+    return picture if mode == "RGB" else picture.convert("RGB")  # which would copy it: a gigabyte for the largest
 
 
 def alike(images: Sequence[Image], key: Callable[[Image], K], answer: Callable[[list[Image], K], Sequence[T]]) -> list[T]:

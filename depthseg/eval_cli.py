@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +23,7 @@ ALIKE = {"map": "ap", "map50": "ap50", "map75": "ap75"}  # other words for our m
 
 
 def evaluate(
+    ctx: typer.Context,
     images: Annotated[Path, typer.Option(help="Folder of the images.", rich_help_panel=INPUT, metavar="DIR")],
     annotations: Annotated[
         Path | None, typer.Option(help="COCO or LVIS annotations (JSON); not for depth.", rich_help_panel=INPUT, metavar="FILE")
@@ -36,7 +36,7 @@ def evaluate(
     only: Annotated[
         list[str] | None, typer.Option(help="Only the image of this key; repeatable.", rich_help_panel=INPUT, metavar="KEY")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the subset and of random clicks.", rich_help_panel=RUN)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the subset and of random clicks.", rich_help_panel=RUN)] = 0,
     prompt: Annotated[
         Literal["box", "point", "detector", "depth"],
         typer.Option(
@@ -100,6 +100,8 @@ def evaluate(
     [bold]depthseg eval ... --prompt detector --boxes coco_vitdet.json[/bold]   a detector's boxes (Table 1)
     """
     given = {name: value for name, value in locals().items() if name in Plan.__dataclass_fields__}
+    if prompt != "detector":
+        given |= {name: getattr(Plan, name) for name in ("boxes", "text", "classes", "detector_weights")} | {"detector": "grid"}
     plan = Plan(**given)
     opt.check_names(plan)
     wanted = [_expectation(e) for e in expect or []]
@@ -110,10 +112,12 @@ def evaluate(
     if annotations is None:
         raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
     counts = _counts(clicks)
-    if prompt != "detector" and (boxes or text or classes or detector_weights or detector != Plan.detector):
+    of_detector = ("detector", "boxes", "text", "classes", "detector_weights")
+    named = [n for n in of_detector if str(ctx.get_parameter_source(n)).endswith("COMMANDLINE")]
+    if prompt != "detector" and named:  # a setting for all commands is no mistake
         raise DepthsegError(f"the prompts are the truth's ({prompt}), and a detector or its boxes are named", "Add --prompt detector.")
     if predictions is None:
-        opt.check_files(plan if prompt == "detector" else replace(plan, detector="grid"), None, pull)
+        opt.check_files(plan, None, pull)
     elif ablate_depth:
         raise DepthsegError("predictions of a file cannot be asked again", "Leave --ablate-depth or --predictions out.")
     if output:

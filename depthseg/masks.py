@@ -13,6 +13,8 @@ from scipy import ndimage
 Array = np.ndarray
 
 _EIGHT = np.ones((3, 3), bool)  # neighbours that count as connected
+_MOST = 2**29 - 1  # pixels of a mask in a file: pycocotools writes run lengths of up to six base-32 digits, and computes in 32 bits
+_LONGEST = 2**22  # pixels along a polygon in a file: pycocotools takes 80 bytes for each
 
 
 def encode(mask: Array) -> dict:
@@ -22,27 +24,66 @@ def encode(mask: Array) -> dict:
 
 
 def decode(rle: dict) -> Array:
-    """Bool mask (h, w) of an RLE: counts as str, as bytes, or uncompressed as a list of run lengths."""
+    """Bool mask (h, w) of an RLE: counts as str, as bytes, or uncompressed as a list of run lengths.
+
+    An RLE from a file goes through `of_coco` first: a wrong one is not found out here.
+    """
     if isinstance(rle["counts"], list):
         rle = coco.frPyObjects(rle, *rle["size"])
     return coco.decode(rle).astype(bool)
 
 
 def of_coco(segmentation: list | dict, size: tuple[int, int]) -> dict:
-    """Compressed RLE of an annotation's `segmentation`: polygons, or an RLE that may be compressed already. ValueError if another size."""
+    """Compressed RLE of an annotation's `segmentation`: polygons, or an RLE that may be compressed already. ValueError if another size.
+
+    Where a file's masks come in: pycocotools does not check them, and would crash or never end on those that are refused here.
+    """
+    h, w = size
+    if h < 1 or w < 1 or h * w > _MOST:
+        raise ValueError(f"no image has the size {size}")
     if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if len(p) >= 6]  # pycocotools would read four numbers as a box
+        polygons = [_polygon(p) for p in segmentation if len(p) >= 6]  # pycocotools would read four numbers as a box
         if not polygons:
             return encode(np.zeros(size, bool))
-        rle = coco.merge(coco.frPyObjects(polygons, *size))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco.frPyObjects(segmentation, *size)
-    else:
-        rle = segmentation
-    if tuple(rle["size"]) != size:
-        raise ValueError(f"a mask of {rle['size']} on an image of {size}")
-    counts = rle["counts"]
-    return {"size": list(size), "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
+        rle = coco.merge(coco.frPyObjects(polygons, h, w))
+        return {"size": [h, w], "counts": rle["counts"].decode("ascii")}
+    if tuple(segmentation["size"]) != size:
+        raise ValueError(f"a mask of {segmentation['size']} on an image of {size}")
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        if not all(type(run) is int and 0 <= run <= _MOST for run in counts) or sum(counts) != h * w:
+            raise ValueError("run lengths that do not fill the image")
+        counts = coco.frPyObjects({"size": [h, w], "counts": counts}, h, w)["counts"]
+    counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    runs = _runs(counts.encode())
+    if (runs < 0).any() or runs.sum() != h * w:
+        raise ValueError("run lengths that do not fill the image")
+    rle = {"size": [h, w], "counts": counts}
+    return rle if runs[1:].all() else encode(decode(rle))  # pycocotools compares masks up to a run of 0 only
+
+
+def _polygon(xy: list) -> list:
+    """The polygon x0, y0, x1, y1, ... if it is one."""
+    if all(-_LONGEST < v < _LONGEST for v in xy):  # NaN is not
+        at = np.array(xy, float)
+        if np.abs(at - np.roll(at, 2)).sum() < _LONGEST:
+            return xy
+    raise ValueError("a polygon that is not made of numbers, or goes too far")
+
+
+def _runs(counts: bytes) -> Array:
+    """The run lengths (N,) of compressed counts: base-32 digits, lowest first, with a sixth bit where more follow and the last one's
+    highest bit as the sign; from the fourth number on it is the difference to the last but one."""
+    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - ord("0")
+    ends = np.flatnonzero(digits < 32)
+    starts = np.append(0, ends + 1)[:-1]
+    if not len(ends) or ends[-1] != len(digits) - 1 or digits.min() < 0 or digits.max() > 63 or (ends - starts).max() > 5:
+        raise ValueError("counts that are no run lengths")
+    place = 5 * (np.arange(len(digits)) - np.repeat(starts, ends - starts + 1))
+    runs = np.add.reduceat((digits & 31) << place, starts) - np.where(digits[ends] & 16, 32 << place[ends], 0)
+    for parity in (1, 2):
+        runs[parity::2] = np.cumsum(runs[parity::2])
+    return runs
 
 
 def area(rles: Sequence[dict]) -> Array:

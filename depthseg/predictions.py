@@ -6,7 +6,6 @@ answers), `clicks` (after so many), `prompt_box` (xywh) and `depth_contrast`. A 
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -57,6 +56,8 @@ class Journal:
 
     def _claim(self) -> None:
         held = self.folder / SETTINGS
+        if wrong := [name for name in OURS if (self.folder / name).is_dir()]:
+            raise DepthsegError(f"{self.folder / wrong[0]} is a folder", "Choose an empty or a new folder.")
         if self.overwrite:
             for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
@@ -165,9 +166,14 @@ def read(path: Path, dataset: Dataset, agnostic: bool = False) -> tuple[list[dic
             classes += 1
         else:
             kept.append(entry)
-    if listed and len(kept) < POOR * len(listed) and not (dataset.left_out and classes < POOR * len(listed)):
+    part = dataset.left_out and kept and classes < POOR * len(listed)  # a subset: most may be about the others
+    if listed and len(kept) < POOR * len(listed) and not part:
         what = f"{images} are about other images, {classes} have other classes"
-        raise DepthsegError(f"{path}: only {len(kept)} of {len(listed)} predictions fit {dataset.file} ({what})", "", NOTHING_TO_DO)
+        raise DepthsegError(
+            f"{path}: only {len(kept)} of {len(listed)} predictions fit {dataset.file} ({what})",
+            "Give predictions for these images and classes.",
+            NOTHING_TO_DO,
+        )
     warnings = [
         *([f"{images} predictions are about images that are not evaluated"] if images else []),
         *([f"{classes} predictions have a category that {dataset.file.name} does not list"] if classes else []),
@@ -187,24 +193,30 @@ def _checked(path: Path, at: int, entry: Any, sizes: dict[int, tuple[int, int]])
         if type(entry.get(name)) is not int:
             raise wrong(f"{name} must be a whole number")
     score = entry.get("score", entry.get("predicted_iou"))
-    if not isinstance(score, int | float) or not math.isfinite(score):
+    if not _finite(score):
         raise wrong("score must be a finite number")
     whole = {name: entry[name] for name in ("annotation_id", "clicks") if name in entry}
     if any(type(value) is not int for value in whole.values()):
         raise wrong("annotation_id and clicks must be whole numbers")
     predicted, box = entry.get("predicted_iou"), entry.get("prompt_box", [0, 0, 0, 0])
-    if predicted is not None and not isinstance(predicted, int | float):
-        raise wrong("predicted_iou must be a number")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+    contrast = entry.get("depth_contrast")
+    for name, value in (("predicted_iou", predicted), ("depth_contrast", contrast)):
+        if value is not None and not _finite(value):
+            raise wrong(f"{name} must be a finite number")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
         raise wrong("prompt_box must be four finite numbers")
     if entry["image_id"] not in sizes:
         return entry
     try:
         rle = masks.of_coco(entry["segmentation"], sizes[entry["image_id"]])
         masks.area([rle])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise wrong(f"segmentation is no mask of this image ({error})") from error
-    return {**entry, "segmentation": rle, "score": float(score)}
+    return {**entry, "segmentation": rle, "score": float(score or 0)}
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not
 
 
 def by_name(names: dict[int, str], dataset: Dataset, words: Any) -> tuple[dict[int, int], list[str]]:

@@ -19,6 +19,8 @@ from depthseg import masks
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array
 
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # Pillow would run Ghostscript for an EPS called .jpg
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -52,20 +54,26 @@ def _unzipped(path: Path) -> Path:
         import shutil
 
         part = plain.with_suffix(f".{os.getpid()}.part")  # processes of one training may meet here
-        with gzip.open(path) as src, part.open("wb") as dst:
-            shutil.copyfileobj(src, dst, 1 << 22)
-        part.replace(plain)
+        try:
+            with gzip.open(path) as src, part.open("wb") as dst:
+                shutil.copyfileobj(src, dst, 1 << 22)
+            part.replace(plain)
+        finally:
+            part.unlink(missing_ok=True)
     return plain
 
 
 def _in_tar(path: Path) -> list[Entry]:
-    plain = _unzipped(path)
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(plain) as tar:
-        for m in tar:
-            stem, _, kind = m.name.rpartition(".")
-            if m.isfile() and kind in ("jpg", "json"):
-                members.setdefault(stem, {})[kind] = (m.offset_data, m.size)
+    try:
+        plain = _unzipped(path)
+        with tarfile.open(plain, "r:") as tar:  # not xz or bzip2, in which no offset would be right
+            for m in tar:
+                stem, _, kind = m.name.rpartition(".")
+                if m.isfile() and kind in ("jpg", "json") and ".." not in stem.split("/"):  # a key also names a depth map in a folder
+                    members.setdefault(stem, {})[kind] = (m.offset_data, m.size)
+    except Exception as e:  # a dozen types from gzip, zlib and tarfile, for archives that are cut off or none
+        raise DepthsegError(f"{path} is not a readable .tar archive ({e})", "The file may be cut off: fetch it again.") from e
     return [
         Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"]) for stem, v in sorted(members.items()) if len(v) == 2
     ]
@@ -81,8 +89,16 @@ def _in_coco(path: Path) -> list[Entry]:
                 segmentations.setdefault(a["image_id"], []).append(a["segmentation"])
         names = {i["id"]: i["file_name"] for i in content["images"]}
         return [Entry(names[k], path.parent, path.name, segmentations=tuple(v)) for k, v in segmentations.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DepthsegError(f"{path} is not a COCO instances file ({type(e).__name__}: {e})", "It needs images and annotations.") from e
+
+
+def _listed(manifest: Path) -> list[dict[str, str]]:
+    try:
+        with manifest.open(newline="", encoding="utf-8") as f:
+            return list(csv.DictReader(f, restval=""))
+    except (OSError, ValueError, csv.Error) as e:
+        raise DepthsegError(f"{manifest} is not a CSV file ({e})", "It needs a line of column names.") from e
 
 
 def index(roots: list[Path]) -> list[Entry]:
@@ -97,8 +113,7 @@ def index(roots: list[Path]) -> list[Entry]:
         sources = {}
         manifest = root.parent / "manifest.csv"  # lists files relative to itself: train/sa_000000/sa_1.jpg
         if root.is_dir() and manifest.exists():
-            with manifest.open(newline="") as f:
-                sources = {r["file"]: r.get("source_repo", "") for r in csv.DictReader(f) if "file" in r}
+            sources = {r["file"]: r.get("source_repo", "") for r in _listed(manifest) if "file" in r}
         found = []
         if root.is_file():
             found = _in_coco(root) if root.suffix == ".json" else _in_tar(root)
@@ -122,7 +137,10 @@ def index(roots: list[Path]) -> list[Entry]:
 def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:
     if where is None:
         picture = entry.root / entry.key
-        return (picture if suffix == ".jpg" else picture.with_suffix(suffix)).read_bytes()
+        path = picture if suffix == ".jpg" else picture.with_suffix(suffix)
+        if not path.is_file():  # a device or a pipe would be read for ever
+            raise ValueError("no such file")
+        return path.read_bytes()
     with entry.root.open("rb") as f:
         f.seek(where[0])
         return f.read(where[1])
@@ -131,16 +149,16 @@ def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:
 def load(entry: Entry) -> Sample:
     """The picture and its masks, decoded and checked against each other. Raises ValueError naming the sample."""
     try:
-        pixels = np.asarray(PILImage.open(io.BytesIO(_bytes(entry, ".jpg", entry.image))).convert("RGB"))
+        pixels = np.asarray(PILImage.open(io.BytesIO(_bytes(entry, ".jpg", entry.image)), formats=_FORMATS).convert("RGB"))
+        size = pixels.shape[:2]
         if entry.segmentations is not None:
-            return Sample(entry.key, pixels, [masks.of_coco(s, pixels.shape[:2]) for s in entry.segmentations])
-        annotations = json.loads(_bytes(entry, ".json", entry.annotation))["annotations"]
-    except Exception as e:  # pycocotools raises what it likes on a broken mask
+            return Sample(entry.key, pixels, [masks.of_coco(s, size) for s in entry.segmentations])
+        rles = [a["segmentation"] for a in json.loads(_bytes(entry, ".json", entry.annotation))["annotations"]]
+        if any(tuple(r["size"]) != size for r in rles):
+            raise ValueError(f"masks of another size than the picture {size}")
+        return Sample(entry.key, pixels, [masks.of_coco(r, size) for r in rles])
+    except Exception as e:  # broken pictures and masks raise a dozen types
         raise ValueError(f"{entry.key}: {e}") from e
-    rles = [a["segmentation"] for a in annotations]
-    if any(tuple(r["size"]) != pixels.shape[:2] for r in rles):
-        raise ValueError(f"{entry.key}: masks of another size than the picture {pixels.shape[:2]}")
-    return Sample(entry.key, pixels, rles)
 
 
 @dataclass(frozen=True)
@@ -160,11 +178,12 @@ def depth_pairs(roots: list[Path]) -> list[DepthPair]:
         manifest = root.parent / "manifest.csv"
         if not manifest.exists():
             raise DepthsegError(f"no manifest.csv beside {root}", "Depth training needs a manifest with columns rgb, depth, scene.")
-        with manifest.open(newline="") as f:
-            for r in csv.DictReader(f):
-                if r["rgb"].startswith(root.name + "/"):
-                    kind = "metric" if r.get("kind", "metric") == "metric" else "inverse"
-                    out.append(DepthPair(root.parent / r["rgb"], root.parent / r["depth"], kind, r["scene"]))
+        for r in _listed(manifest):
+            if not {"rgb", "depth", "scene"} <= r.keys():
+                raise DepthsegError(f"{manifest} lacks a column", "Depth training needs a manifest with columns rgb, depth, scene.")
+            if r["rgb"].startswith(root.name + "/"):
+                kind = "metric" if r.get("kind", "metric") == "metric" else "inverse"
+                out.append(DepthPair(root.parent / r["rgb"], root.parent / r["depth"], kind, r["scene"]))
     if not out:
         raise DepthsegError("no RGB and depth pairs found", "Check --data.", NOTHING_TO_DO)
     return out

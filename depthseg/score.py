@@ -10,13 +10,14 @@ import numpy as np
 
 from depthseg import ap, fates, masks, metrics, published
 from depthseg.data import Failure
-from depthseg.errors import DepthsegError
+from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.protocols import PROTOCOLS, in_words
 from depthseg.schema import Array
 from depthseg.truth import Dataset, Truth
 
 RANKS = {"detector": "the score of the box", "predicted_iou": "predicted IoU", "product": "score x predicted IoU"}
 WHOLE = {"coco": 5000, "lvis": 19809}  # images of COCO val2017 and LVIS v1 val, on which others published figures
+MOST_CLICKS = 100
 DRAWS = 1000  # of the bootstrap
 AP_DRAWS, AP_IMAGES = 100, 500  # an AP has to be computed anew for each draw: fewer, and none for more images
 CROWDING = ((1, 2), (3, 7), (8, 15), (16, None))  # masks in one picture
@@ -39,8 +40,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.prompt not in ("box", "point", "detector"):
             raise DepthsegError(f"no prompt is called '{self.prompt}'", "Use box, point or detector.")
-        if self.prompt == "point" and (not self.clicks or min(self.clicks) < 1):
-            raise DepthsegError(f"no score after {self.clicks} clicks", "Name numbers from 1 up, like 1,3,5.")
+        if self.prompt == "point" and (not self.clicks or min(self.clicks) < 1 or max(self.clicks) > MOST_CLICKS):
+            raise DepthsegError(f"no score after {self.clicks} clicks", f"Name numbers from 1 to {MOST_CLICKS}, like 1,3,5.")
         if self.seed < 0:
             raise DepthsegError(f"the seed {self.seed} is negative", "Use 0 or more.")
 
@@ -85,7 +86,9 @@ def prompted(dataset: Dataset, results: Sequence[dict], protocol: str, clicks: S
     rounds = list(clicks) or [0]
     ids = np.concatenate([t.id for t in asked]) if asked else np.zeros(0, np.int64)
     missing = sum((i, n) not in answers for i in ids.tolist() for n in rounds)
-    if results and len(ids) and missing == len(ids) * len(rounds):
+    if not len(ids):
+        raise DepthsegError(f"{dataset.file} has no mask to ask for under these rules", "Choose other images or rules.", NOTHING_TO_DO)
+    if results and missing == len(ids) * len(rounds):
         raise DepthsegError("no prediction answers a prompt", "They need annotation_id" + (" and clicks." if clicks else "."))
     empty = [masks.encode(np.zeros(t.image.size, bool)) for t in asked]
     found = [[[answers.get((i, n), {"segmentation": nothing}) for i in t.id.tolist()] for t, nothing in zip(asked, empty)] for n in rounds]

@@ -128,14 +128,15 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; columns of numbers are right-aligned."""
     from rich.box import SIMPLE
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=SIMPLE)
     for i, name in enumerate(head):
         numeric = all(row[i][:1].isdigit() or not row[i] for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=not i)
+        table.add_column(escape(name), justify="right" if numeric else "left", no_wrap=not i)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # [yolo] is no markup
     console = Console()
     Console(width=None if console.is_terminal else 200).print(table)
 

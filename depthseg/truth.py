@@ -5,6 +5,7 @@ A set of one's own in COCO's format works alike. An LVIS file is known by the `f
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from depthseg import masks
 from depthseg.data import EXTENSIONS
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array, Image
+
+_FAR = 1e9  # pixels: no bbox reaches as far
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def read(
         names = {int(c["id"]): str(c["name"]) for c in table.get("categories") or ()}
         frequency = {int(c["id"]): str(c["frequency"]) for c in table.get("categories") or () if "frequency" in c}
     except OSError as error:
-        raise DepthsegError(f"cannot read {annotations} ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DepthsegError(f"cannot read {annotations} ({error.strerror})", "Check --annotations.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _foreign(annotations, error) from error
     found = "lvis" if frequency else "coco"
     if kind and kind != found:
@@ -108,10 +111,14 @@ def read(
     chosen = sorted(_choose(Path(images), annotations, listed, subset, seed, only), key=lambda pair: pair[0]["id"])
     truths = [_truth(annotations, row, path, Path(images), by_image[row["id"]], names) for row, path in chosen]
     outside = sum(int((_beyond(t) > 1).sum()) for t in truths)
+    empty = sum(int((masks.area(t.rle) == 0).sum()) for t in truths)
+    tiny = sum(int((t.area < 1).sum()) for t in truths)
     elsewhere = [t.image.key for t in truths for astray in _astray(t) if astray]
     warnings = [
         *([f"{strangers} annotations are about images that the file does not list"] if strangers else []),
         *([f"{outside} boxes reach more than a pixel out of their image"] if outside else []),
+        *([f"{empty} masks have no pixel: nothing can be right there"] if empty else []),
+        *([f"{tiny} annotations have an area of less than one pixel and are not asked for"] if tiny else []),
         *([f"{len(elsewhere)} bbox fields lie elsewhere than their masks, as in {elsewhere[0]}"] if elsewhere else []),
     ]
     sha = hashlib.sha256(content).hexdigest()
@@ -143,7 +150,7 @@ def _choose(
 ) -> Iterator[tuple[dict, Path]]:
     """The rows of the images to take, with their paths."""
     if not listed:
-        raise DepthsegError(f"{annotations} lists no images")
+        raise DepthsegError(f"{annotations} lists no images", "Give the annotations of a data set.", NOTHING_TO_DO)
     if subset is not None and subset < len(listed):
         drawn = np.random.default_rng(seed).choice(len(listed), subset, replace=False)
         listed = [listed[i] for i in sorted(drawn)]
@@ -160,7 +167,7 @@ def _choose(
         raise DepthsegError(
             f"{annotations}: two images are found in one file, {twice}", "Keep the folders of their file_name below --images."
         )
-    if not any(path.is_file() for _, path in located):
+    if not any(os.path.isfile(path) for _, path in located):
         raise DepthsegError(f"the image {located[0][1].name} is not in {folder}", "Give the folder that the annotations are about.")
     yield from located
 
@@ -170,8 +177,8 @@ def _locate(folder: Path, row: dict) -> Path:
     name, parts = str(row.get("file_name") or ""), str(row.get("coco_url") or "").split("/")
     numbered = [f"{row['id']:012d}{extension}" for extension in EXTENSIONS] if isinstance(row.get("id"), int) else []
     candidates = [name, "/".join(parts[-2:]), parts[-1], Path(name).name, *numbered]
-    paths = [folder / candidate for candidate in candidates if candidate]
-    return next((path for path in paths if path.is_file()), paths[0] if paths else folder / str(row.get("id")))
+    paths = [folder / candidate for candidate in candidates if candidate]  # any text: Path.is_file raises for names that are too long
+    return next((path for path in paths if os.path.isfile(path)), paths[0] if paths else folder / str(row.get("id")))
 
 
 def _key(path: Path, folder: Path) -> str:
@@ -182,24 +189,50 @@ def _truth(annotations: Path, row: dict, path: Path, folder: Path, found: list[t
     where = f"image {row.get('id')}: "
     try:
         size = int(row["height"]), int(row["width"])
-        rles, labels = [], []
+        rles, labels, xywh, area, crowd = [], [], [], [], []
         for number, annotation in found:
             where = f"annotation {number}: "
             rles.append(masks.of_coco(annotation["segmentation"], size))
-            labels.append(int(annotation.get("category_id", 1)))
-            if names and labels[-1] not in names:
-                raise ValueError(f"its category {labels[-1]} is not in the list of categories")
-        xywh = np.array([annotation["bbox"] for _, annotation in found], np.float32).reshape(-1, 4)
-        own = masks.area(rles)
-        area = np.array([annotation.get("area", pixels) for (_, annotation), pixels in zip(found, own)], float)
+            labels.append(_label(annotation, names))
+            xywh.append(_box(annotation["bbox"]))
+            crowd.append(_flag(annotation.get("iscrowd", 0)))
+            area.append(_area(annotation.get("area"), rles[-1]))
         lists = {k: list(map(int, row.get(f"{k}_category_ids") or ())) for k in ("neg", "not_exhaustive")}
-        image = Image(_key(path, folder), int(row["id"]), path, size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        image = Image(_key(path, folder), row["id"], path, size)
+        _, ids, label = (np.array(numbers, np.int64) for numbers in ([row["id"]], [number for number, _ in found], labels))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _foreign(annotations, error, where) from error
-    box = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-    crowd = np.array([bool(annotation.get("iscrowd", 0)) for _, annotation in found], bool)
-    ids = np.array([number for number, _ in found], np.int64)
-    return Truth(image, ids, rles, box, area, crowd, np.array(labels, np.int64), lists["neg"], lists["not_exhaustive"])
+    corner_and_size = np.array(xywh, np.float32).reshape(-1, 4)
+    box = np.concatenate([corner_and_size[:, :2], corner_and_size[:, :2] + corner_and_size[:, 2:]], 1)
+    return Truth(image, ids, rles, box, np.array(area, float), np.array(crowd, bool), label, lists["neg"], lists["not_exhaustive"])
+
+
+def _label(annotation: dict, names: dict[int, str]) -> int:
+    label = annotation["category_id"] if names else annotation.get("category_id", 1)
+    if type(label) is not int or (names and label not in names):
+        raise ValueError(f"its category {str(label)[:40]} is not in the list of categories")
+    return label
+
+
+def _box(value: list) -> list[float]:
+    if len(value) != 4 or not all(type(v) in (int, float) and abs(v) < _FAR for v in value):  # NaN is not under it
+        raise ValueError(f"its bbox {str(value)[:60]} is no box")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if value not in (0, 1, None):
+        raise ValueError(f"its iscrowd is {str(value)[:40]!r}, not 0 or 1")
+    return bool(value)
+
+
+def _area(value: float | None, rle: dict) -> float:
+    """The field, or the mask's own pixels where there is none."""
+    if value is None:
+        return float(masks.area([rle])[0])
+    if type(value) not in (int, float) or not 0 <= value < _FAR**2:
+        raise ValueError(f"its area is {str(value)[:40]}")
+    return float(value)
 
 
 def _astray(truth: Truth) -> Array:

@@ -11,7 +11,10 @@ import pytest
 # Read by torch, huggingface_hub, ultralytics and our catalog when they are first used, hence before any test imports them.
 _scratch = Path(tempfile.mkdtemp(prefix="depthseg-tests-"))
 atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
+for _name in [name for name in os.environ if name.startswith("DEPTHSEG_")]:
+    del os.environ[_name]  # a developer's own settings
 os.environ.update(
+    DEPTHSEG_CONFIG="none",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     HF_HOME=str(_scratch / "huggingface"),

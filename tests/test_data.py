@@ -304,5 +304,5 @@ def test_the_size_is_known_from_the_header(tmp_path, kind, turned):
 def test_a_refused_file_is_a_failure_and_a_full_disk_is_not():
     image = Image("k", 1, None, (0, 0))
     assert data.not_written(image, OSError(errno.ENAMETOOLONG, "File name too long")) == data.Failure(image, "write", "File name too long")
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(DepthsegError, match="full"):
         data.not_written(image, OSError(errno.ENOSPC, "disk full"))

@@ -20,12 +20,12 @@ README = ROOT / "README.md"
 LAYERS = {
     "ground": "depthseg errors plan catalog",
     "data": "schema masks prompts data selection sink formats metrics sa1b augment "
-    "truth protocols predictions ap fates score published report gallery compare album",
+    "truth protocols predictions ap fates score published report gallery compare album export",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
     "segment": "segment asking",
     "verbs": "evaluate train bench",
-    "edge": "options terminal weights_cli eval_cli cli __main__",
+    "edge": "options terminal config doctor weights_cli eval_cli convert_cli cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
@@ -38,7 +38,7 @@ FOREIGN = {  # third parties that each layer may use, beside the standard librar
     "edge": {"typer", "rich"},
 }
 HEAVY = ("torch", "numpy", "PIL", "transformers")
-VERBS = ("segment", "detect", "eval", "compare", "report", "depth", "train", "bench", "models", "weights")
+VERBS = ("segment", "detect", "eval", "compare", "report", "convert", "depth", "train", "bench", "models", "weights", "config", "doctor")
 
 
 def files():

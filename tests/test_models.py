@@ -240,3 +240,25 @@ def test_small_networks_save_and_load(tmp_path) -> None:
             scores, boxes = out
             assert scores.shape == (1, 8 * 8 + 4 * 4 + 2 * 2) and boxes.shape == (1, 84, 4)
             assert (boxes[..., 2:] > boxes[..., :2]).all()
+
+
+@pytest.mark.parametrize("prompt", ["boxes", "points", "ragged", "masks"])
+def test_the_folded_decoder_equals_the_plain_one(prompt):
+    """Without gradients the head folds the cells' projections into the tokens and grows masks by cells: another order of sums."""
+    torch.manual_seed(0)
+    head = SamHead().eval()
+    features = (torch.randn(2, 256, 16, 16),)
+    owner, points = torch.tensor([0, 1, 1]), torch.rand(3, 2 if prompt != "ragged" else 4, 2) * 1000
+    labels = {
+        "boxes": torch.tensor([[2, 3]] * 3),
+        "points": torch.tensor([[1, -1]] * 3),
+        "ragged": torch.tensor([[1, 0, 1, -1], [1, -1, -10, -10], [2, 3, -10, -10]]),
+        "masks": torch.tensor([[1, -1]] * 3),
+    }[prompt]
+    earlier = torch.randn(3, 1, 64, 64) if prompt == "masks" else None
+    assert head.mask_decoder.transformer.final_attn_token_to_image.folds(5 + points.shape[1])
+    plain, iou = (out.detach() for out in head(features, owner, points, labels, earlier)[:2])
+    with torch.inference_mode():
+        folded, folded_iou, _ = head(features, owner, points, labels, earlier)
+    assert float((plain - folded).abs().max() / plain.abs().max()) < 2e-6 and float((iou - folded_iou).abs().max()) < 2e-6
+    assert not torch.equal(plain, folded)  # it is another way

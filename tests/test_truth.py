@@ -18,7 +18,8 @@ def test_truth_is_read_from_polygons_and_both_kinds_of_rle(pictures, coco_file):
         h, w = t.image.size
         assert masks.decode(t.rle[0])[h // 4 : h // 2, w // 4 : 3 * w // 4].all() and masks.area(t.rle)[0] == h // 4 * (w // 2)
         assert t.box[0] == pytest.approx([w // 4, h // 4, 3 * w // 4, h // 2]) and isinstance(t.rle[0]["counts"], str)
-    assert data.kind == "coco" and data.names == {1: "thing"} and not data.warnings and data.left_out == 0
+    assert data.kind == "coco" and data.names == {1: "thing"} and data.left_out == 0
+    assert data.warnings == ["1 annotations have an area of less than one pixel and are not asked for"]
     assert data.about()["masks"] == 4 and data.about()["crowds"] == 1 and len(data.sha256) == 64
     assert json.loads(json.dumps(data.about())) == data.about()
 
@@ -90,6 +91,10 @@ def with_first(table, what, **changes):
         (lambda table: with_first(table, "annotations", bbox=[1, 2]), ["not a COCO instances file"]),
         (lambda table: with_first(table, "annotations", segmentation={"size": [3, 3], "counts": [9]}), ["annotation 1", "(48, 64)"]),
         (lambda table: with_first(table, "images", height="tall"), ["image 1"]),
+        (lambda table: with_first(table, "annotations", bbox=[0, 0, float("nan"), 1]), ["annotation 1", "bbox"]),
+        (lambda table: with_first(table, "annotations", iscrowd="0"), ["annotation 1", "iscrowd"]),
+        (lambda table: with_first(table, "annotations", area=float("nan")), ["annotation 1", "area"]),
+        (lambda table: with_first(table, "annotations", category_id=None), ["annotation 1", "category"]),
         (lambda table: with_first(table, "images", id=[1]), ["not a COCO instances file"]),
         (lambda table: with_first(table, "annotations", id="abc"), ["annotation id 'abc'"]),
         (lambda table: with_first(table, "images", id=1.5), ["image id '1.5'"]),
@@ -117,6 +122,7 @@ def test_what_is_odd_is_counted(pictures, coco_file):
     assert data.warnings == [
         "2 annotations are about images that the file does not list",
         "1 boxes reach more than a pixel out of their image",
+        "1 annotations have an area of less than one pixel and are not asked for",
         "1 bbox fields lie elsewhere than their masks, as in a.png",
     ]
 

@@ -14,12 +14,17 @@ from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.formats import atomic
 from depthseg.schema import ABSENT, Array, Boxes, Image, Prompts
 
+_MOST = 1e38  # the sum of two such numbers is still one in float32; NaN is not below it
+_POINTS = 1000  # of one prompt: the others of the image are filled up to as many
+
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise DepthsegError(f"no such file: {path}", "Check the path.")
     try:
         return json.loads(path.read_bytes())
+    except OSError as e:
+        raise DepthsegError(f"cannot read {path} ({e.strerror})") from e
     except (ValueError, RecursionError) as e:  # ValueError: bad JSON or bad UTF-8
         raise DepthsegError(f"{path} is not JSON ({e})", "The file may be cut off, or be of another format.") from e
 
@@ -117,12 +122,8 @@ def _short(value: object) -> str:
 
 def _numbers(entries: _Entries, at: int, field: str, value: object, count: int) -> list[float]:
     """`count` finite numbers, or an error that names the entry and the field."""
-    if isinstance(value, list) and len(value) == count and all(type(v) in (int, float) for v in value):
-        try:
-            if all(math.isfinite(v) for v in value):
-                return value
-        except OverflowError:  # a whole number of more than 308 digits
-            pass
+    if isinstance(value, list) and len(value) == count and all(type(v) in (int, float) and -_MOST < v < _MOST for v in value):
+        return value
     raise entries.error(at, field, f"{count} finite number{'s are' if count > 1 else ' is'} expected, not {_short(value)}")
 
 
@@ -168,9 +169,12 @@ class BoxesFile:
         images = tables.get("images") if images is None else images
         self.confidence, self.max_boxes = -math.inf if confidence is None else confidence, max_boxes
         self._entries = entries = _Entries(Path(path), listed, images)
-        self.names = {
-            e["category_id"]: str(e["category_name"]) for e in listed if "category_name" in e and type(e.get("category_id")) is int
-        }
+        self.names: dict[int, str] = {}
+        for at, e in enumerate(listed):
+            if "category_name" in e and type(e.get("category_id")) is int:
+                name = self.names.setdefault(e["category_id"], str(e["category_name"]))
+                if name != str(e["category_name"]):
+                    raise entries.error(at, "category_name", f"{_short(e['category_name'])} has the category_id of {_short(name)}")
         self.names |= _category_names(Path(path), whole.get("categories") or tables.get("categories"))
         self._xyxy = np.zeros((len(listed), 4))
         self._score = np.ones(len(listed), np.float32)
@@ -210,7 +214,7 @@ class BoxesFile:
 def _category_names(path: Path, categories: Any) -> dict[int, str]:
     try:
         return {int(c["id"]): str(c["name"]) for c in categories or ()}
-    except (TypeError, KeyError, ValueError) as e:
+    except (TypeError, KeyError, ValueError, OverflowError) as e:
         raise DepthsegError(f"{path}: each of its categories needs an id and a name", "Give a COCO annotation file.") from e
 
 
@@ -230,6 +234,8 @@ class PointsFile:
             points, signs, box = entry.get("points", []), entry.get("labels"), entry.get("box")
             if not isinstance(points, list) or not (points or box is not None):
                 raise entries.error(at, "points", f"a list of [x, y] is expected where there is no box, not {_short(points)}")
+            if len(points) > _POINTS:
+                raise entries.error(at, "points", f"at most {_POINTS} are one prompt, not {len(points)}")
             xy = np.array([_numbers(entries, at, "points", p, 2) for p in points], np.float64).reshape(1, -1, 2)
             signs = [1] * len(points) if signs is None else signs
             if not isinstance(signs, list) or len(signs) != len(points) or not all(type(s) is int and s in (0, 1) for s in signs):

@@ -67,7 +67,11 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.by_pixel(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def by_pixel(self, x: Tensor) -> Tensor:
+        """The same for (..., C)."""
+        return super().forward(x)
 
 
 class Ops(nn.Module):

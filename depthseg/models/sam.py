@@ -7,6 +7,7 @@ labelled points (a box is two corners), and ragged rows are filled with ABSENT t
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,39 @@ class Attention(nn.Module):
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
+    # The same attention between few tokens t (P, T, dim) and the many cells x (P, N, dim) of an image, without projecting the cells:
+    # their projection is folded into the tokens, and heads * T rows meet the cells instead of the inner width's. Equal but for
+    # rounding; it pays as long as `folds`. code (N, dim) is added to the cells where they are compared, not where they are summed.
+
+    def folds(self, tokens: int) -> bool:
+        return self.heads * tokens <= 0.75 * self.k_proj.out_features
+
+    def from_image(self, t: Tensor, x: Tensor, code: Tensor) -> Tensor:
+        """What tokens gather from the cells: forward(t, x + code, x)."""
+        per_head = (self.heads, -1, x.shape[-1])  # weights as (heads, d, dim)
+        q = self.q_proj(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (P, heads, T, d)
+        q = q * q.shape[-1] ** -0.5  # k_proj's bias moves all scores of a token alike: softmax does not see it
+        folded = q @ self.k_proj.weight.view(per_head)  # (P, heads, T, dim)
+        scores = folded.flatten(1, 2) @ x.transpose(1, 2)
+        scores = scores.unflatten(1, q.shape[1:3]) + folded @ code.T
+        gathered = (scores.softmax(-1).flatten(1, 2) @ x).unflatten(1, q.shape[1:3])
+        out = gathered @ self.v_proj.weight.view(per_head).transpose(1, 2)  # (P, heads, T, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2) + self.v_proj.bias)
+
+    def to_image(self, x: Tensor, code: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """What cells gather from the tokens: forward(x + code, k, v, seen)."""
+        k, v = (proj(t).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, t in ((self.k_proj, k), (self.v_proj, v)))
+        k = k * k.shape[-1] ** -0.5  # (P, heads, T, d)
+        heads = k.shape[1]
+        folded = k @ self.q_proj.weight.view(heads, -1, x.shape[-1])  # (P, heads, T, dim)
+        rows = folded.flatten(1, 2)
+        scores = (rows @ x.transpose(1, 2) + rows @ code.T).unflatten(1, k.shape[1:3]) + k @ self.q_proj.bias.view(heads, -1, 1)
+        if seen is not None:
+            scores = scores.masked_fill(~seen.transpose(2, 3), -torch.inf)  # (P, 1, T, 1)
+        sums = v @ self.out_proj.weight.view(-1, heads, v.shape[-1]).permute(1, 2, 0)  # (P, heads, T, dim)
+        share = scores.softmax(2).flatten(1, 2).transpose(1, 2)  # over the tokens, which lie across: few in a row would be slow
+        return share @ sums.flatten(1, 2) + self.out_proj.bias
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them, or the two-layer form with SAM's names lin1 and lin2."""
@@ -176,15 +210,18 @@ class TwoWayBlock(nn.Module):
         self.mlp = TokenMLP(dim, hidden)
         self.cross_attn_image_to_token = Attention(dim, heads, 2)
 
-    def forward(self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None, fold: bool) -> tuple[Tensor, Tensor]:
         if self.first:
             t = self.self_attn(t, t, t, seen)
         else:
             t = t + self.self_attn(t + code, t + code, t, seen)
         t = self.norm1(t)
-        t = self.norm2(t + self.cross_attn_token_to_image(t + code, image + image_code, image))
+        there, back = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        t = self.norm2(t + (there.from_image(t + code, image, image_code) if fold else there(t + code, image + image_code, image)))
         t = self.norm3(t + self.mlp(t))
-        return t, self.norm4(image + self.cross_attn_image_to_token(image + image_code, t + code, t, seen))
+        if fold:
+            return t, self.norm4(image + back.to_image(image, image_code, t + code, t, seen))
+        return t, self.norm4(image + back(image + image_code, t + code, t, seen))
 
 
 class TwoWayTransformer(nn.Module):
@@ -196,11 +233,14 @@ class TwoWayTransformer(nn.Module):
 
     def forward(self, image: Tensor, image_code: Tensor, tokens: Tensor, seen: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """image (P, h*w, dim), image_code (h*w, dim), tokens (P, T, dim) -> (tokens, image) after each block."""
-        t, out = tokens, []
+        t, out, last = tokens, [], self.final_attn_token_to_image
+        fold = not torch.is_grad_enabled() and last.folds(tokens.shape[1])
         for layer in self.layers:
-            t, image = layer(t, image, tokens, image_code, seen)
+            t, image = layer(t, image, tokens, image_code, seen, fold)
             out.append((t, image))
-        t = self.norm_final_attn(t + self.final_attn_token_to_image(t + tokens, image + image_code, image))
+        t = self.norm_final_attn(
+            t + (last.from_image(t + tokens, image, image_code) if fold else last(t + tokens, image + image_code, image))
+        )
         out[-1] = (t, image)
         return out
 
@@ -240,6 +280,26 @@ class MaskDecoder(nn.Module):
         """Logits (P, len(which), 4s, 4s) of the chosen mask tokens."""
         weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], 1)
         return (weights @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+
+    def masks_of_cells(self, tokens: Tensor, x: Tensor, size: tuple[int, int], which: range) -> Tensor:
+        """What `masks` makes of what `upscale` makes of cells (P, h * w, dim), for a head without skips; equal but for rounding.
+
+        Matrix products with the channels last. The 2 x 2, then 4 x 4, pixels that grow out of a cell stay with it until the end, so
+        that nothing is moved in between.
+        """
+        layers: Any = self.output_upscaling
+        up1, norm, act, up2, _ = layers
+        x = act(norm.by_pixel(_grown(up1, x)))  # (P, h * w, 4, c)
+        x = act(_grown(up2, x).flatten(2, 3))  # (P, h * w, 16, c)
+        weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], -1)  # (P, c, M)
+        h, w = size
+        cells = (x @ weights[:, None]).view(len(x), h, w, 2, 2, 2, 2, -1)
+        return cells.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(x), -1, 4 * h, 4 * w)
+
+
+def _grown(up: Any, x: Tensor) -> Tensor:
+    """A ConvTranspose2d of 2 x 2 and stride 2 for pixels (..., c): (..., 4, c')."""
+    return F.linear(x, up.weight.permute(2, 3, 1, 0).flatten(0, 2), up.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 class SamHead(nn.Module):
@@ -295,6 +355,9 @@ class SamHead(nn.Module):
             )
         answers = []
         for t, image in steps if intermediate else steps[-1:]:
+            if finer is None and not torch.is_grad_enabled():
+                answers.append(decoder.masks_of_cells(t, image, size, which))
+                continue
             upscaled = decoder.upscale(image.transpose(1, 2).unflatten(-1, size), finer)
             answers.append(decoder.masks(t, upscaled, which))
         t = steps[-1][0]
