@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.eval_cli import compare, evaluate
 from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, RUN
 from depthseg.plan import Plan
-from depthseg.terminal import downloads, duration, gracefully, interruptible, progress, say, table, take
+from depthseg.terminal import downloads, duration, gracefully, interruptible, progress, say, show, table, take
 from depthseg.weights_cli import app as weights_app
 
 FAILURES_SHOWN = 20  # failures.jsonl has them all
@@ -256,6 +256,7 @@ def detect(
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     pull: opt.Pull = False,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Write the boxes of every image as COCO detection results: detect once, segment many times.
@@ -292,7 +293,8 @@ def detect(
         say(f"{count} boxes in {len(images) - len(failed)} images")
         for failure in failed[:FAILURES_SHOWN]:
             say(f"failed: {failure.image.key}: {failure.reason}")
-    typer.echo(output)
+    counts = {"images": len(images), "boxes": count, "failed": len(failed)}
+    typer.echo(json.dumps({"schema_version": 1, "output": str(output), **counts}) if as_json else output)
     if failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -476,6 +478,7 @@ def bench(
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     pull: opt.Pull = False,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Measure what each stage costs for an image, alone and in batches, and whether the detector answers the same.
@@ -501,6 +504,10 @@ def bench(
             found = stages(segmenter, images, rounds, show)
     for note in found.notes:
         say(note)
+    if as_json:
+        boxes_told = {"boxes": found.boxes, "pixels": found.pixels}
+        typer.echo(json.dumps({"schema_version": 1, "batch": batch, "alone": found.alone, "batched": found.batched, **boxes_told}))
+        return
     rows = [[s, f"{1000 * found.alone[s]:.1f}", f"{1000 * found.batched[s]:.1f}"] for s in found.alone]
     total = [f"{1000 * sum(times.values()):.1f}" for times in (found.alone, found.batched)]
     table(["stage", "ms/image alone", f"in batches of {batch}"], [*rows, ["all", *total]])
@@ -512,6 +519,7 @@ def bench(
 def models(
     names: Annotated[list[str] | None, typer.Argument(help="Measure these; without a name all are listed.", show_default=False)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Count parameters and multiply-adds of every segmentation model.")] = False,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """List what can be chosen: models, depth estimators, detectors, their terms and whether their weights are here.
@@ -522,12 +530,12 @@ def models(
     for name in names or []:
         catalog.row(catalog.MODELS, name, "model")
     if names or measure:
-        _measured(names or list(catalog.MODELS))
+        _measured(names or list(catalog.MODELS), as_json)
     else:
-        _listed()
+        _listed(as_json)
 
 
-def _measured(names: list[str]) -> None:
+def _measured(names: list[str], as_json: bool) -> None:
     from depthseg.bench import PAPER, measure
 
     rows = []
@@ -543,11 +551,16 @@ def _measured(names: list[str]) -> None:
                 f"{paper[1]:.0f} G" if paper else "",
             ]
         )
-    table(["model", "input", "parameters", "paper", "encoder MACs", "paper"], rows)
+    show(["model", "input", "parameters", "paper's parameters", "encoder MACs", "paper's MACs"], rows, as_json)
 
 
-def _listed() -> None:
+def _listed(as_json: bool) -> None:
     from depthseg import weights
+
+    if as_json:
+        known = {role: {name: {**asdict(e), "weights": weights.state(e)} for name, e in t.items()} for role, t in catalog.TABLES.items()}
+        typer.echo(json.dumps({"schema_version": 1, **known}))
+        return
 
     remarks: dict[str, list[str]] = {}
     for title, entries in (("model", catalog.MODELS), ("depth", catalog.DEPTHS), ("detector", catalog.DETECTORS)):

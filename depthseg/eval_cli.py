@@ -1,6 +1,7 @@
 """`depthseg eval` and `depthseg compare`: options, one call after the other, tables."""
 
 import contextlib
+import json
 import re
 import shlex
 import sys
@@ -91,6 +92,7 @@ def evaluate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder with another run.", rich_help_panel=RUN)] = False,
     pull: opt.Pull = False,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Score a model against COCO or LVIS ground truth: the tables of the papers.
@@ -108,7 +110,7 @@ def evaluate(
     if prompt == "depth":
         if annotations or predictions or subset or only or ablate_depth:
             raise DepthsegError("the depth estimator is scored on a folder of depth pairs", "Leave all but --images and --depth out.")
-        return _gate(_depth(images, depth, device, precision, output, pull), wanted)
+        return _gate(_depth(images, depth, device, precision, output, pull, as_json), wanted)
     if annotations is None:
         raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
     counts = _counts(clicks)
@@ -144,7 +146,10 @@ def evaluate(
                 say(note)
             with progress("images") as show:
                 report = run.run(data, segmenter, ask, folder, overwrite=overwrite, ablate=ablate_depth, progress=show, **how)
-    _told(report, output)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        _told(report, output)
     _gate(report["metrics"], wanted)
     if report["state"]["failed"]:
         raise typer.Exit(SOME_FAILED)
@@ -206,7 +211,7 @@ def _told(report: dict, output: Path | None) -> None:
         typer.echo(output / "report" / "index.html")
 
 
-def _depth(images: Path, depth: str, device: str, precision: str, output: Path | None, pull: bool) -> dict[str, Any]:
+def _depth(images: Path, depth: str, device: str, precision: str, output: Path | None, pull: bool, as_json: bool) -> dict[str, Any]:
     """Score the depth estimator alone: its report."""
     if output:
         take(output)
@@ -222,8 +227,11 @@ def _depth(images: Path, depth: str, device: str, precision: str, output: Path |
             report = evaluate_depth(images, chosen.estimator, progress=show)
     if output:
         write_json(output / "report.json", report)
-    table(["score", "value"], [[k, number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
-    typer.echo(report["protocol"])
+    if as_json:
+        typer.echo(json.dumps({"schema_version": 1, **report}))
+    else:
+        table(["score", "value"], [[k, number(v)] for k, v in report.items() if not isinstance(v, dict | list | str)])
+        typer.echo(report["protocol"])
     return report
 
 
@@ -236,6 +244,7 @@ def compare(
             min=0, help="End with code 6 if the headline score of B is more than X points lower.", rich_help_panel=OUTPUT, metavar="X"
         ),
     ] = None,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Two evaluations side by side: differences with paired intervals, and the images that got better and worse.
@@ -246,15 +255,19 @@ def compare(
         from depthseg.compare import compare as pair
 
         rows, images, headline = pair(run_a, run_b)
+    if as_json:
+        typer.echo(json.dumps({"schema_version": 1, "headline": headline, "rows": [r._asdict() for r in rows], "images": dict(images)}))
     lines = []
     for row in rows:
         change = None if row.a is None or row.b is None else row.b - row.a
         bounds = f"{row.low:+.2f} to {row.high:+.2f}" if row.low is not None and row.high is not None else ""
         lines.append([row.metric, number(row.a), number(row.b), "" if change is None else f"{change:+.2f}", bounds])
-    table(["score", str(run_a), str(run_b), "B - A", "95 % interval"], lines)
+    if not as_json:
+        table(["score", str(run_a), str(run_b), "B - A", "95 % interval"], lines)
     better, worse = [pair for pair in images[::-1] if pair[1] > 0], [pair for pair in images if pair[1] < 0]
     for title, some in ((f"{len(better)} images got better", better), (f"{len(worse)} images got worse", worse)):
-        table([title, "mean IoU, points"], [[key, f"{change:+.1f}"] for key, change in some[:IMAGES_SHOWN]])
+        if not as_json:
+            table([title, "mean IoU, points"], [[key, f"{change:+.1f}"] for key, change in some[:IMAGES_SHOWN]])
     (a, b), *_ = [(row.a, row.b) for row in rows if row.metric == headline]
     if fail_on_regression is not None and (a is not None and (b is None or b < a - fail_on_regression)):
         say(f"{headline} fell from {number(a)} to {number(b)}")

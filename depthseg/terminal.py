@@ -141,6 +141,14 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     Console(width=None if console.is_terminal else 200).print(table)
 
 
+def show(head: list[str], rows: list[list[str]], as_json: bool, **more: Any) -> None:
+    """A table on stdout; as_json: one object with the rows as objects instead, and what else is named."""
+    if as_json:
+        typer.echo(json.dumps({"schema_version": 1, **more, "rows": [dict(zip(head, row)) for row in rows]}))
+    else:
+        table(head, rows)
+
+
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

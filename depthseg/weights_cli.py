@@ -11,7 +11,7 @@ from depthseg import catalog
 from depthseg import options as opt
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.options import MODEL, OUTPUT
-from depthseg.terminal import downloads, interruptible, say, table, take
+from depthseg.terminal import downloads, interruptible, say, show, take
 
 app = typer.Typer(help="Weights on this machine: list, pull, verify, find, convert, remove.", no_args_is_help=True)
 Names = Annotated[list[str], typer.Argument(help="Names from `depthseg weights list`.", show_default=False)]
@@ -19,7 +19,9 @@ Names = Annotated[list[str], typer.Argument(help="Names from `depthseg weights l
 
 @app.command("list")
 def weights_list(
-    here: Annotated[bool, typer.Option("--here", help="Only what is on this machine.")] = False, debug: opt.Debug = False
+    here: Annotated[bool, typer.Option("--here", help="Only what is on this machine.")] = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Every set of weights: size, licence, source and whether it is here."""
     from depthseg import weights
@@ -40,8 +42,8 @@ def weights_list(
                 remarks.setdefault(text, []).append(name)
             source = entry.hub or (entry.url or "").split("/")[2:3] or "this package"
             rows.append([name, role, f"{size:.1f} MB" if size else "", licence, source if isinstance(source, str) else source[0], state])
-    table(["name", "role", "size", "licence", "source", "state"], rows)
-    for text, which in remarks.items():
+    show(["name", "role", "size", "licence", "source", "state"], rows, as_json)
+    for text, which in remarks.items() if not as_json else ():
         typer.echo(f"{', '.join(dict.fromkeys(which))}: {text}")
 
 
@@ -63,6 +65,7 @@ def weights_pull(names: Names, debug: opt.Debug = False) -> None:
 @app.command("verify")
 def weights_verify(
     names: Annotated[list[str] | None, typer.Argument(help="These; without a name all that is here.", show_default=False)] = None,
+    as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Compare weights with their publishers' hashes, or with those written down when they were pulled."""
@@ -73,7 +76,7 @@ def weights_verify(
     )
     found = {name: weights.verify(entry) for name, entry in chosen.items() if entry.file or entry.hub}
     rows = [[name, state] for name, state in found.items() if names or state != "missing"]
-    table(["name", "state"], rows)
+    show(["name", "state"], rows, as_json)
     if bad := [name for name, state in rows if state not in ("sound", "no reference")]:
         raise DepthsegError(f"not sound: {', '.join(bad)}", "Run `depthseg weights rm`, then `depthseg weights pull`.", MISSING_PIECE)
 

@@ -397,3 +397,12 @@ def test_version_and_help(run):
     for words in ([], ["-h"], ["segment", "-h"], ["eval", "--help"], ["train", "-h"], ["models", "-h"]):
         code, stdout, stderr = run(*words)
         assert code == 0 and stdout.lstrip().startswith("Usage: depthseg") and not stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["models", "models nano", "weights list", "weights verify nano", "doctor", "config show segment"],
+)
+def test_json_is_one_object_and_nothing_else(run, words):
+    code, out, _ = run(*words.split(), "--json")
+    assert code in (0, MISSING_PIECE) and isinstance(json.loads(out), dict), out

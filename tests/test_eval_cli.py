@@ -35,6 +35,9 @@ def test_eval_prints_a_table_and_writes_a_report(run, pictures, coco_file, tmp_p
     assert code == 6 and "not met: miou>100" in err
     assert json.loads((tmp_path / "b" / "report.json").read_text())["metrics"] == report["metrics"]
 
+    told = json.loads(run(*words, "-o", tmp_path / "a", "--json")[1])
+    assert told["metrics"] == report["metrics"]
+    assert json.loads(run("compare", tmp_path / "a", tmp_path / "b", "--json")[1])["headline"] == "miou"
     code, stdout, err = run("compare", tmp_path / "a", tmp_path / "b", "--fail-on-regression", "0")
     assert code == 0 and "+0.00 to +0.00" in stdout and "0 images got better" in stdout, err
     (tmp_path / "b" / "report.json").write_text(json.dumps({**report, "metrics": {**report["metrics"], "miou": 0.5}}))
