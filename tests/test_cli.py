@@ -219,6 +219,27 @@ def test_selected_images_and_those_left_out_are_accounted_for(run, fake, picture
         assert run("segment", pictures, "-o", tmp_path / "p", *words)[0] == code and not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_every_input_is_accounted_for(run, fake, pictures, tmp_path, seed):
+    """Whatever is broken, selected, refused or interrupted: images = done + failed + skipped, and no key is in two places."""
+    g = np.random.default_rng(seed)
+    for n in range(20):
+        (pictures / f"{n:02}.png").write_bytes((pictures / "a.png").read_bytes() if g.random() < 0.7 else b"broken")
+    words = [["--limit", str(g.integers(1, 23))], ["--shard", f"{g.integers(1, 4)}/3"], [], ["--batch", "2"]][seed % 4]
+    if seed % 2:
+        fake.trouble = [KeyboardInterrupt()] if g.random() < 0.5 else []
+    for _ in range(2):
+        code, _, err = run("segment", pictures, "-o", tmp_path / "o", *words)
+        assert code in (0, 3, 130), err
+        counts = json.loads((tmp_path / "o" / "run.json").read_text())["counts"]
+        assert counts["images"] == 23 == counts["done"] + counts["failed"] + counts["skipped"]
+        done = {json.loads(line)["key"] for line in (tmp_path / "o" / "journal.jsonl").read_text().splitlines()}
+        lost = tmp_path / "o" / "failures.jsonl"
+        failed = {json.loads(line)["key"] for line in lost.read_text().splitlines()} if lost.exists() else set()
+        assert (len(done), len(failed)) == (counts["done"], counts["failed"]) and not done & failed
+        fake.trouble = []
+
+
 def test_only_what_failed_is_tried_again(run, fake, pictures, tmp_path):
     good = (pictures / "b.jpg").read_bytes()
     (pictures / "b.jpg").write_bytes(b"")

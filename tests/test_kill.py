@@ -127,5 +127,43 @@ def test_killed_anywhere_it_ends_alike():
     assert kills >= 8 and same == runs
 
 
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(tmp_path):
+    """A small file system in memory, which only root may mount."""
+    disk, inside = tmp_path / "disk", pictures(tmp_path / "in")
+    disk.mkdir()
+    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        child = start(inside, disk / "out")
+        _, err = child.communicate()
+        assert child.returncode == 1 and "No space left on device" in err and "run the same command again" in err, err
+        done = len((disk / "out" / "journal.jsonl").read_bytes().splitlines())
+        assert 0 < done < COUNT
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        child = start(inside, disk / "out")
+        _, err = child.communicate()
+        assert child.returncode == 3 and "are done already" in err, err
+        assert start(inside, tmp_path / "whole").wait() == 3
+        assert contents(disk / "out") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_inputs_that_disappear_are_failures_and_all_are_accounted_for(tmp_path):
+    inside, out = pictures(tmp_path / "in"), tmp_path / "out"
+    child = start(inside, out)
+    while not (out / "journal.jsonl").exists() and child.poll() is None:
+        time.sleep(0.005)
+    gone = sorted(inside.rglob("*.png"))[::-1][:30]  # the last in line
+    for path in gone:
+        path.unlink()
+    _, err = child.communicate()
+    assert child.returncode == 3, err
+    counts = json.loads((out / "run.json").read_text())["counts"]
+    assert counts["images"] == COUNT == counts["done"] + counts["failed"] and counts["skipped"] == 0
+    failed = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert len(failed) == counts["failed"] >= 2 + 10 and all(f["stage"] == "read" for f in failed)
+
+
 if __name__ == "__main__":
     print("{} kills in {} runs of 200 pictures; {} ended as the undisturbed run".format(*tried(int(sys.argv[1]), seed=1)))
