@@ -27,7 +27,8 @@ from depthseg.pretrained import load
 from depthseg.schema import Array, Depth, Frame, Image
 
 SPIKES = 0.001  # share of the pixels that is clipped at either end
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, PILImage.DecompressionBombError)  # what Pillow and NumPy raise
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TokenError, PILImage.DecompressionBombError)  # what Pillow and NumPy raise
+_FORMATS = ("PNG", "TIFF")  # Pillow would run Ghostscript for an EPS called .png
 BETTER_DEPTH = "depth-anything-v2-small"  # than nano
 STEPS = 65535  # depth is a multiple of 1/65535, so that 16-bit PNG holds it without loss
 
@@ -239,7 +240,7 @@ def _shape(path: Path) -> tuple[int, int]:
         if path.suffix == ".npy":
             h, w = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
         else:
-            with PILImage.open(path) as picture:
+            with PILImage.open(path, formats=_FORMATS) as picture:
                 w, h = picture.size
     except _BROKEN as e:
         raise _unreadable(path, e) from e
@@ -258,7 +259,7 @@ def _read_map(path: Path) -> Array:
         if path.suffix == ".npy":
             stored = np.load(path, allow_pickle=False)
         else:
-            with PILImage.open(path) as picture:
+            with PILImage.open(path, formats=_FORMATS) as picture:
                 palette = picture.mode == "P"  # numbers are colours then
                 stored = np.asarray(picture)
     except _BROKEN as e:
@@ -308,7 +309,7 @@ class Cached:
 
     def _read(self, path: Path) -> Array | None:
         try:
-            with PILImage.open(path) as picture:
+            with PILImage.open(path, formats=_FORMATS) as picture:
                 stored = np.asarray(picture)
         except _BROKEN:  # not there, or damaged
             return None

@@ -18,7 +18,8 @@ LINE_EVERY = 10.0  # seconds between plain progress lines where stderr is no ter
 
 
 def say(text: str) -> None:
-    typer.echo(text, err=True)
+    """One line on stderr; what a file's name would do to a terminal is shown instead of done."""
+    typer.echo("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text), err=True)
 
 
 def take(folder: Path) -> None:

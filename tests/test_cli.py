@@ -189,6 +189,12 @@ def test_stopped_and_started_again_it_goes_on(run, fake, pictures, tmp_path, tro
     assert len(fake.built[1].seen) == 3 - int(stderr.partition(" of 3 images are done already")[0].splitlines()[-1])
 
 
+def test_a_files_name_does_nothing_to_the_terminal(run, pictures, tmp_path):
+    (pictures / "x\x1b[31m\ny.png").write_bytes(b"broken")
+    code, _, err = run("segment", pictures, "-o", tmp_path / "o")
+    assert code == 3 and "\x1b" not in err and r"failed: x\x1b[31m\ny.png: " in err
+
+
 def test_the_first_signal_ends_after_the_batch(run, fake, pictures, tmp_path, monkeypatch):
     def once(self, images):
         for n, record in enumerate(segment(self, images)):

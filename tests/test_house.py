@@ -224,6 +224,7 @@ def test_the_readmes_commands_have_their_options(readme):
             assert given <= options_of(verb), f"depthseg {verb} has no {sorted(given - options_of(verb))}"
         else:
             assert not given, f"README.md uses depthseg {verb}, which is no command"
-    known = set().union(*map(options_of, VERBS), {"--version"})
+    root = {name for p in typer.main.get_command(cli.app).params for name in p.opts}
+    known = set().union(*map(options_of, VERBS), root)
     alone = set(re.findall(r"`(--[a-z][a-z0-9-]*)", readme))
     assert alone <= known, f"no command has {sorted(alone - known)}"
