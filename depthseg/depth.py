@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
