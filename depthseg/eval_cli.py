@@ -143,7 +143,8 @@ def evaluate(
             with downloads() as fetched:
                 segmenter = asking.segmenter_for(data, plan, ask, pull, fetched)
             for note in segmenter.notes:
-                say(note)
+                if not note.startswith("warning: "):  # those come with the report's own
+                    say(note)
             with progress("images") as show:
                 report = run.run(data, segmenter, ask, folder, overwrite=overwrite, ablate=ablate_depth, progress=show, **how)
     if as_json:
