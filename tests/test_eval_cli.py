@@ -26,7 +26,7 @@ def test_eval_prints_a_table_and_writes_a_report(run, pictures, coco_file, tmp_p
     assert code == 0, err
     assert "miou " in stdout and "95 % interval" in stdout and "Protocol official" in stdout and "research only" in err
     report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert report["schema_version"] == 1 and report["metrics"]["miou"] > 1 and report["provenance"]["command"].startswith("depthseg ")
+    assert report["schema_version"] == 1 and report["metrics"]["miou"] > 1 and report["provenance"]["command"].startswith("depthseg")
     assert stdout.splitlines()[-1] == str(tmp_path / "a" / "report" / "index.html")
     names = sorted(p.name for p in (tmp_path / "a").iterdir() if p.name != ".lock")
     assert names == ["predictions.json", "predictions.jsonl", "report", "report.json", "report.md", "run.json", "scores.json"]
