@@ -171,19 +171,19 @@ def segment(
         if dry_run:
             told = _rehearse(segmenter, plan, images, out)
         else:
-            told = _segment(segmenter, plan, images, out, overwrite, len(found) - len(images))
+            told = _segment(segmenter, plan, found, images, out, overwrite)
     if as_json or not dry_run:
         typer.echo(json.dumps(told) if as_json else out)
     if told["failed"] and not dry_run:
         raise typer.Exit(SOME_FAILED)
 
 
-def _segment(segmenter: Any, plan: Plan, images: list[Any], out: Path, overwrite: bool, skipped: int) -> dict[str, Any]:
-    """Segment the images into the folder and say how it went; what --json prints."""
+def _segment(segmenter: Any, plan: Plan, found: list[Any], images: list[Any], out: Path, overwrite: bool) -> dict[str, Any]:
+    """Segment the images, some of those that were found, into the folder and say how it went; what --json prints."""
     from depthseg import data, sink
 
     masks, failed = 0, 0
-    with sink.Sink(out, plan, images, segmenter.provenance, overwrite=overwrite, skipped=skipped) as written, gracefully() as stopping:
+    with sink.Sink(out, plan, found, segmenter.provenance, overwrite, images) as written, gracefully() as stopping:
         todo = [image for image in images if image.key not in written.done]
         if len(todo) < len(images):
             say(f"{len(images) - len(todo)} of {len(images)} images are done already")
@@ -212,7 +212,7 @@ def _segment(segmenter: Any, plan: Plan, images: list[Any], out: Path, overwrite
         say(f"{len(todo) - failed} images, {masks} masks in {duration(seconds)}, {len(todo) / seconds:.2f} images/s")
     if failed:
         say(f"{failed} images failed: see {out / 'failures.jsonl'}")
-    counts = {"images": len(images) + skipped, "done": len(images) - failed, "failed": failed, "skipped": skipped}
+    counts = {"images": len(found), "done": len(images) - failed, "failed": failed, "skipped": len(found) - len(images)}
     return {"schema_version": 1, "output": str(out), **counts, "masks": masks, "seconds": round(seconds, 3)}
 
 

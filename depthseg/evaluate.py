@@ -1,6 +1,7 @@
 """An evaluation from question to report: ask, score, ablate, write. `evaluate_depth` scores a depth estimator by itself."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +83,8 @@ def run(
 
 def from_file(dataset: Dataset, file: Path, ask: Request, folder: Path, pictures: bool = True, command: str = "") -> dict:
     """Score the results of a file, write the report into `folder`, with a copy of what was scored; the report. No model is used."""
+    if ask.prompt == "detector" and _classless(file):
+        ask = replace(ask, agnostic=True)
     results, warnings = predictions.read(file, dataset, ask.agnostic or ask.prompt != "detector")
     made_by = {"file": str(file), "sha256": weights.sha256(file)}
     with predictions.Journal(folder, {"predictions": made_by["sha256"], "annotations": dataset.sha256}, dataset) as journal:
@@ -91,6 +94,14 @@ def from_file(dataset: Dataset, file: Path, ask: Request, folder: Path, pictures
     report = score.report(dataset, on.scored, ask, warnings=warnings, provenance=provenance, detector=file.stem)
     _write(dataset, report, folder, on, None, None, pictures)
     return report
+
+
+def _classless(file: Path) -> bool:
+    """Whether a run of `segment` without classes wrote this file: its images.json has one category, called object."""
+    try:
+        return [c["name"] for c in json.loads((file.parent / "images.json").read_bytes())["categories"]] == ["object"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _write(dataset: Dataset, report: dict, folder: Path, on: Outcome, off: Outcome | None, depth: Depth | None, pictures: bool) -> None:

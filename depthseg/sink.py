@@ -70,17 +70,25 @@ class Sink:
     """A context manager that owns the output folder of one run. `done` holds the keys that need no work any more.
 
     Leaving the context writes the COCO files, after an exception too, from what is done. A failed image is tried again when the
-    run is started again. extra: JSON values that say what made the masks, for run.json. skipped: how many images were found and not
-    selected for this run.
+    run is started again. extra: JSON values that say what made the masks, for run.json. images: all that were found, in the order of
+    the result, whose ids do not depend on what is selected; selected: those that this run takes, by default all.
     """
 
-    def __init__(self, output: str | Path, plan: Plan, images: Sequence[Image], extra: dict, overwrite: bool = False, skipped: int = 0):
+    def __init__(
+        self,
+        output: str | Path,
+        plan: Plan,
+        images: Sequence[Image],
+        extra: dict,
+        overwrite: bool = False,
+        selected: Sequence[Image] | None = None,
+    ):
         self.output = Path(output)
         self.plan = plan
         self.images = images
         self.extra = extra
         self.overwrite = overwrite
-        self.skipped = skipped
+        self.selected = images if selected is None else selected
         self.done: set[str] = set()
         self._offsets: dict[str, int] = {}  # key -> where its line starts in the journal
         self._failed: set[str] = set()
@@ -99,7 +107,7 @@ class Sink:
         with contextlib.ExitStack() as undo:
             undo.enter_context(locked(self.output))
             self._claim()
-            (self.output / "failures.jsonl").unlink(missing_ok=True)  # its images are about to be tried again
+            self._keep_failures()
             self._journal = undo.enter_context(open(self.output / "journal.jsonl", "a+b", buffering=0))
             self._resume()
             self._manifest("running", None)
@@ -109,12 +117,23 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._held:
             if not self._finished:
-                complete = kind is None and all(i.key in self._offsets or i.key in self._failed for i in self.images)
+                complete = kind is None and all(i.key in self._offsets or i.key in self._failed for i in self.selected)
                 try:
                     self.finish("finished" if complete else "interrupted")
                 except OSError:
                     if error is None:  # else the full disk has been told already: the journal holds what was done
                         raise
+
+    def _keep_failures(self) -> None:
+        """Of the failures of an earlier run those that this one does not try again."""
+        path, others = self.output / "failures.jsonl", {i.key for i in self.images} - {i.key for i in self.selected}
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            kept = [line for line in lines if json.loads(line)["key"] in others]
+            self._failed = {json.loads(line)["key"] for line in kept}
+            path.unlink(missing_ok=True)
+            if kept:
+                path.write_text("\n".join(kept) + "\n", "utf-8")
 
     def _claim(self) -> None:
         """See to it that the folder is empty or holds a run with this plan."""
@@ -266,7 +285,7 @@ class Sink:
             yield key, self._offsets[key], id
 
     def _manifest(self, state: str, instances: int | None) -> None:
-        found, failed = len(self.images) + self.skipped, len(self._failed)
+        found, failed = len(self.images), len(self._failed)
         counts = {
             "images": found,
             "done": len(self.done),

@@ -246,11 +246,24 @@ def test_every_input_is_accounted_for(run, fake, pictures, tmp_path, seed):
         fake.trouble = []
 
 
+def test_ids_do_not_depend_on_what_is_selected(run, fake, pictures, tmp_path):
+    for name, words in (("whole", []), ("parts", ["--shard", "2/2"])):
+        assert run("segment", pictures, "-o", tmp_path / name, *words)[0] == 0
+    assert run("segment", pictures, "-o", tmp_path / "parts", "--only", "a.png")[0] == 0
+    counts = json.loads((tmp_path / "parts" / "run.json").read_text())["counts"]
+    assert (counts["done"], counts["skipped"], counts["earlier"]) == (2, 1, 0)
+    assert run("segment", pictures, "-o", tmp_path / "parts")[0] == 0
+    for name in ("predictions.json", "images.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
 def test_only_what_failed_is_tried_again(run, fake, pictures, tmp_path):
     good = (pictures / "b.jpg").read_bytes()
     (pictures / "b.jpg").write_bytes(b"")
     out = tmp_path / "o"
     assert run("segment", pictures, "-o", out)[0] == 3
+    assert run("segment", pictures, "-o", out, "--only", "a.png")[0] == 0
+    assert json.loads((out / "run.json").read_text())["counts"]["failed"] == 1 and "b.jpg" in (out / "failures.jsonl").read_text()
     (pictures / "b.jpg").write_bytes(good)
     assert run("segment", pictures, "-o", out, "--retry-failed")[0] == 0 and fake.built[-1].seen == ["b.jpg"]
     assert len(json.loads((out / "predictions.json").read_text())) == 3
