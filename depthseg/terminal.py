@@ -36,7 +36,11 @@ def take(folder: Path) -> None:
 def interruptible(how_to_go_on: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM (Slurm, Kubernetes) leave with one line, and 130 or 143."""
 
+    told = signal.SIGINT.value
+
     def terminated(number: int, frame: Any) -> None:
+        nonlocal told
+        told = number  # kept here too: an import that is interrupted may lose what the exception carries
         raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, terminated)
@@ -44,7 +48,7 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         say(how_to_go_on)
-        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+        raise typer.Exit(128 + (stop.args[0] if stop.args else told)) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
