@@ -33,11 +33,13 @@ LVIS_MOST = 300  # detections of one image
 CURVES = {"IoU 0.50": 0, "IoU 0.75": 5}  # index of the threshold
 
 
-def coco(dataset: Dataset, results: Sequence[dict], agnostic: bool = False, threshold: float = 0) -> dict[str, Any]:
+def coco(
+    dataset: Dataset, results: Sequence[dict], agnostic: bool = False, threshold: float = 0, draws: Array | None = None
+) -> dict[str, Any]:
     """COCO's twelve numbers as `metrics`, `per_class` rows and precision-recall curves `pr`, and the `engine` that gave them.
 
     agnostic: classes are ignored, and recall_50 and precision_50 are told: of predictions with a score of `threshold` or more, at
-    IoU 0.50.
+    IoU 0.50. draws: as in `resampled`, whose answer is `drawn`.
     """
     run = _run(dataset, results, agnostic)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
@@ -56,7 +58,8 @@ def coco(dataset: Dataset, results: Sequence[dict], agnostic: bool = False, thre
     limit = 2  # the best 100 of an image
     per_class = [] if agnostic else _per_class(dataset, run.params.catIds, precision[:, :, :, 0, limit])
     pr = _curves(precision[:, :, :, 0, limit], run.params.recThrs)
-    return {"metrics": metrics, "per_class": per_class, "pr": pr, "engine": f"pycocotools {version('pycocotools')}"}
+    drawn = None if draws is None else _resampled(run, draws)  # last: the run is not what it was after that
+    return {"metrics": metrics, "per_class": per_class, "pr": pr, "engine": f"pycocotools {version('pycocotools')}", "drawn": drawn}
 
 
 def _run(dataset: Dataset, results: Sequence[dict], agnostic: bool) -> COCOeval:
@@ -82,7 +85,10 @@ def resampled(dataset: Dataset, results: Sequence[dict], draws: Array, agnostic:
 
     draws: (D, I) positions of images, in the order of their ids. An image that is drawn twice counts twice. NaN where AP is undefined.
     """
-    run = _run(dataset, results, agnostic)
+    return _resampled(_run(dataset, results, agnostic), draws)
+
+
+def _resampled(run: COCOeval, draws: Array) -> Array:
     every = np.array(run.evalImgs, object).reshape(len(run.params.catIds), len(run.params.areaRng), -1)[:, 0]  # of any size
     run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
     run.params.maxDets = run.params.maxDets[2:3]
@@ -104,8 +110,8 @@ def lvis(dataset: Dataset, results: Sequence[dict]) -> dict[str, Any]:
     truth = _index(theirs.LVIS.__new__(theirs.LVIS), _truths(dataset))
     found = theirs.LVISResults.__new__(theirs.LVISResults)  # its constructor fails on an empty list
     found.logger = logging.getLogger("lvis")
-    best = found.limit_dets_per_image(_found(dataset, results)["annotations"], LVIS_MOST) if results else []
-    _index(found, {**_found(dataset, []), "annotations": best})
+    table = _found(dataset, results)
+    _index(found, {**table, "annotations": found.limit_dets_per_image(table["annotations"], LVIS_MOST)} if results else table)
     run = theirs.LVISEval(truth, found, "segm")
     with _numpy_1():
         run.run()

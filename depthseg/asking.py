@@ -163,19 +163,17 @@ def _classes(dataset: Dataset, segmenter: Segmenter) -> dict[int, int] | None:
     if isinstance(source, BoxesFile) and (bare := [i for i in source.labels if i not in names]):
         if unknown := [str(i) for i in bare if i not in dataset.names]:  # as where 80 classes are counted from 0
             raise DepthsegError(
-                f"category ids of the boxes are not in {dataset.file.name}: {_some(unknown)}",
+                f"category ids of the boxes are not in {dataset.file.name}: {predictions.some(unknown)}",
                 "Number them like the annotations, write a category_name into each entry, or ignore classes with --agnostic.",
             )
         table |= {i: i for i in bare}
     elif not names:
         return None
     if strange:
-        segmenter.notes.append(f"{len(strange)} classes of the boxes are not in {dataset.file.name} and are left out: {_some(strange)}")
+        segmenter.notes.append(
+            f"{len(strange)} classes of the boxes are not in {dataset.file.name} and are left out: {predictions.some(strange)}"
+        )
     return table
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[: predictions.NAMES_SHOWN]) + (", ..." if len(names) > predictions.NAMES_SHOWN else "")
 
 
 def _other_size(image: Image, truth: Truth) -> Failure:

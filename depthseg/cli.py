@@ -281,7 +281,7 @@ def detect(
         take(output.parent)
         from depthseg.detect.choose import detector as choose
         from depthseg.detect.files import write_boxes
-        from depthseg.segment import device_of, precision_of
+        from depthseg.numerics import device_of, precision_of
 
         where = device_of(device)
         with downloads() as fetched:
@@ -329,7 +329,7 @@ def depth_maps(
         take(output)
         from depthseg.depth import write_maps
 
-        chosen = _estimator(depth, device, precision, pull)
+        chosen = opt.estimator(depth, device, precision, pull)
         with progress("maps") as show:
             failed = write_maps(images, chosen.estimator, chosen.name, output, batch, show)
         for failure in failed[:FAILURES_SHOWN]:
@@ -337,18 +337,6 @@ def depth_maps(
     typer.echo(output)
     if failed:
         raise typer.Exit(SOME_FAILED)
-
-
-def _estimator(choice: str, device: str, precision: str, pull: bool) -> Any:
-    """The depth estimator that works alone, announced with its terms."""
-    from depthseg.depth import depth_estimator
-    from depthseg.segment import device_of, precision_of
-
-    where = device_of(device)
-    chosen = depth_estimator(choice, where, precision_of(precision, where), pull)
-    for note in (chosen.note, *catalog.terms({f"depth {chosen.name}": catalog.DEPTHS[chosen.name]})):
-        say(note)
-    return chosen
 
 
 @app.command()

@@ -9,7 +9,7 @@ import numpy as np
 
 from depthseg import predictions, score, truth
 from depthseg.errors import DepthsegError
-from depthseg.formats import atomic
+from depthseg.formats import text_file
 from depthseg.schema import Array
 from depthseg.truth import Dataset
 
@@ -29,8 +29,8 @@ class Row(NamedTuple):
 def write_scores(folder: Path, dataset: Dataset, table: dict[str, Array]) -> None:
     """The images, and the columns of score.Scored.table, as JSON for a later comparison."""
     images = {"id": [t.image.id for t in dataset.truths], "key": [t.image.key for t in dataset.truths]}
-    with atomic(folder / SCORES) as part:
-        part.write_text(json.dumps({"images": images, "masks": {name: column.tolist() for name, column in table.items()}}) + "\n")
+    with text_file(folder / SCORES) as file:
+        file.write(json.dumps({"images": images, "masks": {name: column.tolist() for name, column in table.items()}}) + "\n")
 
 
 def compare(folder_a: Path, folder_b: Path) -> tuple[list[Row], list[tuple[str, float]], str]:

@@ -34,9 +34,7 @@ def evaluate(
         typer.Option(help="What the annotations must be; without it, what they are.", rich_help_panel=INPUT),
     ] = None,
     subset: Annotated[int | None, typer.Option(min=1, help="Only N images, drawn with --seed.", rich_help_panel=INPUT, metavar="N")] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Only the image of this key; repeatable.", rich_help_panel=INPUT, metavar="KEY")
-    ] = None,
+    only: opt.Only = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the subset and of random clicks.", rich_help_panel=RUN)] = 0,
     prompt: Annotated[
         Literal["box", "point", "detector", "depth"],
@@ -217,13 +215,9 @@ def _depth(images: Path, depth: str, device: str, precision: str, output: Path |
     if output:
         take(output)
     with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
-        from depthseg.depth import depth_estimator
         from depthseg.evaluate import evaluate_depth
-        from depthseg.segment import device_of, precision_of
 
-        where = device_of(device)
-        chosen = depth_estimator(depth, where, precision_of(precision, where), pull)
-        say(chosen.note)
+        chosen = opt.estimator(depth, device, precision, pull)
         with progress("images") as show:
             report = evaluate_depth(images, chosen.estimator, progress=show)
     if output:
@@ -258,18 +252,22 @@ def compare(
         rows, images, headline = pair(run_a, run_b)
     if as_json:
         typer.echo(json.dumps({"schema_version": 1, "headline": headline, "rows": [r._asdict() for r in rows], "images": dict(images)}))
+    else:
+        _compared(rows, images, str(run_a), str(run_b))
+    (a, b), *_ = [(row.a, row.b) for row in rows if row.metric == headline]
+    if fail_on_regression is not None and (a is not None and (b is None or b < a - fail_on_regression)):
+        say(f"{headline} fell from {number(a)} to {number(b)}")
+        raise typer.Exit(REGRESSION)
+
+
+def _compared(rows: list[Any], images: list[tuple[str, float]], a: str, b: str) -> None:
+    """The tables of `compare`."""
     lines = []
     for row in rows:
         change = None if row.a is None or row.b is None else row.b - row.a
         bounds = f"{row.low:+.2f} to {row.high:+.2f}" if row.low is not None and row.high is not None else ""
         lines.append([row.metric, number(row.a), number(row.b), "" if change is None else f"{change:+.2f}", bounds])
-    if not as_json:
-        table(["score", str(run_a), str(run_b), "B - A", "95 % interval"], lines)
+    table(["score", a, b, "B - A", "95 % interval"], lines)
     better, worse = [pair for pair in images[::-1] if pair[1] > 0], [pair for pair in images if pair[1] < 0]
     for title, some in ((f"{len(better)} images got better", better), (f"{len(worse)} images got worse", worse)):
-        if not as_json:
-            table([title, "mean IoU, points"], [[key, f"{change:+.1f}"] for key, change in some[:IMAGES_SHOWN]])
-    (a, b), *_ = [(row.a, row.b) for row in rows if row.metric == headline]
-    if fail_on_regression is not None and (a is not None and (b is None or b < a - fail_on_regression)):
-        say(f"{headline} fell from {number(a)} to {number(b)}")
-        raise typer.Exit(REGRESSION)
+        table([title, "mean IoU, points"], [[key, f"{change:+.1f}"] for key, change in some[:IMAGES_SHOWN]])

@@ -7,7 +7,6 @@ none). Coordinates are pixels of the upright photograph: 0, 0 is the outer corne
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -277,25 +276,19 @@ def _parts(masks: Masks) -> Iterator[tuple[Array, list[Array]]]:
 
 
 @contextmanager
-def _file(path: Path) -> Iterator[Callable[[str], int]]:
-    with formats.atomic(path) as part, open(part, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-        yield file.write
-
-
-@contextmanager
 def _listed(path: Path, before: str = "", after: str = "") -> Iterator[Callable[[dict], None]]:
     """A function that adds an entry to the JSON list in a file, which has `before` and `after` around it."""
-    with _file(path) as write:
-        write(before + "[")
+    with formats.text_file(path) as file:
+        file.write(before + "[")
         between = "\n"
 
         def add(entry: dict) -> None:
             nonlocal between
-            write(between + json.dumps(entry))
+            file.write(between + json.dumps(entry))
             between = ",\n"
 
         yield add
-        write("\n]" + after + "\n")
+        file.write("\n]" + after + "\n")
 
 
 @contextmanager
@@ -350,14 +343,14 @@ def yolo_seg(folder: Path, run: Run, polygons: bool) -> Iterator[Write]:
                 numbers = (inset(outline) / (w, h)).ravel()
                 lines.append(" ".join([str(position[label]), *(f"{v:.6f}" for v in numbers)]) + "\n")
                 wrong.append(_pixels_under(inset(joints) - box[:2], window))
-        with _file(path_of(answer.image.key)) as text:
-            text("".join(lines))
+        with formats.text_file(path_of(answer.image.key)) as file:
+            file.write("".join(lines))
         return wrong
 
     yield write
-    with _file(folder / "data.yaml") as text:
-        text("# Put the photographs into images/, in the same folders as their labels in labels/.\ntrain: images\nval: images\n")
-        text(f"names: {json.dumps(list(run.names.values()), ensure_ascii=False)}\n")
+    with formats.text_file(folder / "data.yaml") as file:
+        file.write("# Put the photographs into images/, in the same folders as their labels in labels/.\ntrain: images\nval: images\n")
+        file.write(f"names: {json.dumps(list(run.names.values()), ensure_ascii=False)}\n")
 
 
 def _pixels_under(lines: Array, mask: Array) -> int:
@@ -399,8 +392,8 @@ def labelme(folder: Path, run: Run, polygons: bool) -> Iterator[Write]:
         photograph = os.path.relpath(image.path, path.parent).replace(os.sep, "/") if image.path else PurePosixPath(image.key).name
         content: dict[str, object] = {"version": _LABELME, "flags": {}, "shapes": shapes, "imagePath": photograph, "imageData": None}
         content |= {"imageHeight": image.size[0], "imageWidth": image.size[1]}
-        with _file(path) as text:
-            text(json.dumps(content) + "\n")
+        with formats.text_file(path) as file:
+            file.write(json.dumps(content) + "\n")
 
     yield write
 
@@ -429,8 +422,8 @@ def labelmap(folder: Path, answer: Answer) -> Array:
         raise Refused(f"it has {len(masks)} instances, and a label map holds {_MOST_LABELS}")
     formats.write_label_map(folder / f"{image.key}.png", masks, image.size)
     about = [{"category_id": i["category_id"], "category": i["category"], "score": i["score"]} for i in answer.found]
-    with _file(folder / f"{image.key}.json") as text:
-        text(json.dumps({n: entry for n, entry in enumerate(about, 1)}, indent=1) + "\n")
+    with formats.text_file(folder / f"{image.key}.json") as file:
+        file.write(json.dumps({n: entry for n, entry in enumerate(about, 1)}, indent=1) + "\n")
     hidden, above = np.zeros(len(masks), np.int64), rles.encode(np.zeros(image.size, bool))
     for n, rle in enumerate(masks.rle):
         hidden[n] = rles.area([coco.merge([above, rle], intersect=True)])[0]
@@ -447,15 +440,14 @@ def overlay(folder: Path, answer: Answer) -> None:
 @_each
 def cutouts(folder: Path, answer: Answer) -> None:
     """KEY/: each instance cut out of the photograph, an RGBA PNG of its box; alpha is the mask. PNGs of an earlier answer go away."""
-    image, masks, found = answer
+    image, masks, _ = answer
     pixels, folder = _photograph(image), folder / image.key
     for old in folder.glob("*.png"):
         old.unlink()
     for n, (rle, (x0, y0, x1, y1)) in enumerate(zip(masks.rle, masks.box.astype(int).tolist())):
         if masks.area[n]:
             alpha = rles.decode(rle)[y0:y1, x0:x1, None] * np.uint8(255)
-            name = re.sub(r"[^\w-]+", "_", found[n]["category"]).strip("_")[:40] or "object"
-            with formats.atomic(folder / f"{n:03d}_{name}_{masks.score[n]:.2f}.png") as part:
+            with formats.atomic(folder / formats.instance_name(masks, n)) as part:
                 PILImage.fromarray(np.concatenate([pixels[y0:y1, x0:x1], alpha], 2)).save(part, "PNG")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image as PILImage
@@ -51,6 +52,13 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def text_file(path: Path) -> Iterator[IO[str]]:
+    """A file of text, UTF-8, lines ended by \\n, that appears when it is whole; what is no Unicode becomes a question mark."""
+    with atomic(path) as part, open(part, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+        yield file
 
 
 def overlay_name(key: str) -> str:
@@ -246,12 +254,17 @@ def write_label_map(path: Path, masks: Masks, size: tuple[int, int]) -> None:
         picture.save(part, "PNG")
 
 
+def instance_name(masks: Masks, i: int) -> str:
+    """File name of one instance: its position, class and score."""
+    name = re.sub(r"[^\w-]+", "_", masks.names.get(int(masks.label[i]), "")).strip("_")[:40] or "object"
+    return f"{i:03d}_{name}_{masks.score[i]:.2f}.png"
+
+
 def write_instances(folder: Path, masks: Masks) -> None:
     """One 1-bit PNG for each mask: position, label and score in the name. PNGs of an earlier answer go away."""
     if folder.is_dir():
         for old in folder.glob("*.png"):
             old.unlink()
     for i, rle in enumerate(masks.rle):
-        name = re.sub(r"[^\w-]+", "_", masks.names.get(int(masks.label[i]), "")).strip("_")[:40] or "object"
-        with atomic(folder / f"{i:03d}_{name}_{masks.score[i]:.2f}.png") as part:
+        with atomic(folder / instance_name(masks, i)) as part:
             PILImage.fromarray(rles.decode(rle)).save(part, "PNG")

@@ -1,4 +1,4 @@
-"""In which numbers a network computes, by the name that a Plan gives them."""
+"""Where and in which numbers a network computes, by the names that a Plan gives them."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from depthseg.errors import MISSING_PIECE, DepthsegError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,3 +33,29 @@ def inference(device: torch.device, precision: str) -> Iterator[None]:
     dtype = PRECISIONS[precision]
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DepthsegError(f"no device is called '{name}'", "Use cpu, cuda, cuda:1 or auto.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DepthsegError(f"there is no device {name} on this machine", "Use --device cpu or auto.", MISSING_PIECE)
+    if device.type not in ("cpu", "cuda"):
+        raise DepthsegError(f"the device {name} is not supported", "Use cpu, cuda, cuda:1 or auto.")
+    return device
+
+
+def precision_of(name: str, device: torch.device) -> str:
+    """A key of PRECISIONS; auto is fp32 on the CPU and bf16 on CUDA, or fp16 where bf16 would be emulated."""
+    if name == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name not in PRECISIONS:
+        raise DepthsegError(f"no precision is called '{name}'", f"Use {', '.join(PRECISIONS)} or auto.")
+    return name

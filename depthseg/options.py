@@ -4,13 +4,14 @@ Standard library, Typer and ground modules only: nothing here waits for torch.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from depthseg import catalog
 from depthseg.errors import DepthsegError
 from depthseg.plan import MAX_BOXES, READER, Plan
+from depthseg.terminal import say
 
 # help panels
 INPUT, PROMPTS, DEPTH, MODEL, OUTPUT, RUN = (
@@ -196,3 +197,15 @@ def _check_weights(wanted: dict[str, catalog.Row], pull: bool) -> None:
     for name, entry in wanted.items():
         if (entry.file or entry.hub) and not pull:
             weights.locate(entry, name, fetch=False)
+
+
+def estimator(choice: str, device: str, precision: str, pull: bool) -> Any:
+    """The depth estimator that works alone, announced with its terms."""
+    from depthseg.depth import depth_estimator
+    from depthseg.numerics import device_of, precision_of
+
+    where = device_of(device)
+    chosen = depth_estimator(choice, where, precision_of(precision, where), pull)
+    for note in (chosen.note, *catalog.terms({f"depth {chosen.name}": catalog.DEPTHS[chosen.name]})):
+        say(note)
+    return chosen

@@ -6,16 +6,17 @@ answers), `clicks` (after so many), `prompt_box` (xywh) and `depth_contrast`. A 
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from depthseg import masks
-from depthseg.data import gave_out, stamp
+from depthseg.data import stamp
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
-from depthseg.formats import atomic
+from depthseg.formats import text_file
+from depthseg.journal import Lines, locked
 from depthseg.schema import Image
-from depthseg.sink import locked
 from depthseg.truth import Dataset
 
 JOURNAL, RESULTS, SETTINGS = "predictions.jsonl", "predictions.json", "run.json"
@@ -42,7 +43,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             undo.enter_context(locked(self.folder))
             self._claim()
-            self._file = undo.enter_context(open(self.folder / JOURNAL, "a+b", buffering=0))
+            self._lines = undo.enter_context(Lines(self.folder / JOURNAL, "results"))
             self._resume()
             self._held = undo.pop_all()
         return self
@@ -73,37 +74,20 @@ class Journal:
                 )
         elif any((self.folder / name).exists() for name in OURS):
             raise DepthsegError(f"{self.folder} holds predictions but no {SETTINGS}", "Choose another folder, or add --overwrite.")
-        with atomic(held) as part:
-            part.write_text(json.dumps({"schema_version": 1, "settings": self.settings}, indent=1) + "\n")
+        with text_file(held) as file:
+            file.write(json.dumps({"schema_version": 1, "settings": self.settings}, indent=1) + "\n")
 
     def _resume(self) -> None:
-        """Read which images are done: only the head of each line, up to the results."""
-        self._file.seek(0)
-        end = 0
-        for line in iter(self._file.readline, b""):
-            if not line.endswith(b"\n"):  # torn by a crash
-                break
-            with contextlib.suppress(ValueError, KeyError):
-                head = json.loads(line.partition(b', "results": ')[0] + b"}")
+        for at, head in self._lines.heads():
+            with contextlib.suppress(KeyError):
                 image = self.images.get(head["image_id"])
                 if image is None or head["file"] == stamp(image):
-                    self._at[head["image_id"]] = end
-            end += len(line)
-        self._file.truncate(end)
-        self._end = end
+                    self._at[head["image_id"]] = at
 
     def write(self, image: Image, results: list[dict], seconds: dict[str, float]) -> None:
         """One line for an image. The results lack image_id, which stands in front of them."""
         head = {"image_id": image.id, "file": stamp(image), "seconds": {name: round(s, 5) for name, s in seconds.items()}}
-        line = json.dumps({**head, "results": results}).encode() + b"\n"
-        try:
-            rest = line
-            while rest := rest[self._file.write(rest) :]:  # a disk that fills up takes the beginning first
-                pass
-        except OSError as error:
-            raise gave_out(error) from error
-        self._at[image.id] = self._end
-        self._end += len(line)
+        self._at[image.id] = self._lines.append({**head, "results": results})
 
     def take(self, results: list[dict]) -> None:
         """Results from elsewhere, all at once."""
@@ -118,11 +102,10 @@ class Journal:
         """The results of the images in the order of their ids, written to predictions.json too; and the seconds of each image."""
         found: list[dict] = []
         seconds = []
-        with atomic(self.folder / RESULTS) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        with text_file(self.folder / RESULTS) as file:
             file.write("[")
             for i in sorted(self.done):
-                self._file.seek(self._at[i])
-                line = json.loads(self._file.readline())
+                line = self._lines.read(self._at[i])
                 seconds.append(line["seconds"])
                 for result in line["results"]:
                     found.append({"image_id": i, **result})
@@ -219,6 +202,11 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # NaN is not
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
 def by_name(names: dict[int, str], dataset: Dataset, words: Any) -> tuple[dict[int, int], list[str]]:
     """From a detector's class ids to the data set's, by name, and the detector's names that the data set does not have.
 
@@ -236,9 +224,8 @@ def by_name(names: dict[int, str], dataset: Dataset, words: Any) -> tuple[dict[i
             table[i] = alike[0]
     strange = [name for i, name in names.items() if i not in table]
     if len(table) < POOR * min(len(names), len(dataset.names)):
-        some = ", ".join(strange[:NAMES_SHOWN]) + (", ..." if len(strange) > NAMES_SHOWN else "")
         raise DepthsegError(
-            f"only {len(table)} of the detector's {len(names)} classes are in {dataset.file.name}; it lacks {some}",
+            f"only {len(table)} of the detector's {len(names)} classes are in {dataset.file.name}; it lacks {some(strange)}",
             "Choose a detector for this data set, or give one that reads its names with --classes.",
         )
     return table, strange

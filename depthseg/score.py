@@ -56,8 +56,9 @@ def names_of(ask: Request, kind: str) -> list[str]:
     if ask.prompt == "detector":
         engine = list(ap.LVIS_NAMES.values()) if kind == "lvis" and not ask.agnostic else list(ap.COCO_NAMES)
         return [*engine, "predictions", "recall_50", "precision_50"]
-    means = [*(f"miou_{n}" for n in ask.clicks), *([] if ask.clicks else ["miou", "baseline_box", "baseline_ellipse"]), "boundary_iou"]
-    return [*(f"{name}{size}" for name in means for size in ("", "_small", "_medium", "_large")), "iou_correlation"]
+    means = [*(f"miou_{n}" for n in ask.clicks), *([] if ask.clicks else ["miou"]), "boundary_iou"]
+    by_size = [f"{name}{size}" for name in means for size in ("", "_small", "_medium", "_large")]
+    return [*by_size, "iou_correlation", *([] if ask.clicks else ["baseline_box", "baseline_ellipse"])]
 
 
 class Scored(NamedTuple):
@@ -132,19 +133,17 @@ def detected(dataset: Dataset, results: Sequence[dict], rank: str = "detector", 
     """
     by_score = ranked(results, rank)
     as_lvis = dataset.kind == "lvis" and not agnostic
-    parts = ap.lvis(dataset, by_score) if as_lvis else ap.coco(dataset, by_score, agnostic, threshold)
+    draws = _draws(len(dataset.truths), AP_DRAWS) if len(dataset.truths) <= AP_IMAGES else None
+    parts = ap.lvis(dataset, by_score) if as_lvis else ap.coco(dataset, by_score, agnostic, threshold, draws)
+    drawn = parts.pop("drawn", None)
     spoken = {r["image_id"] for r in results}
     silent = [t.image.key for t in dataset.truths if len(t) and t.image.id not in spoken]
     errors, image, best = fates.errors(dataset, by_score, agnostic)
-    intervals = {}
-    if not as_lvis and len(dataset.truths) <= AP_IMAGES:
-        draws = _draws(len(dataset.truths), AP_DRAWS)
-        intervals["ap"] = _bounds(ap.resampled(dataset, by_score, draws, agnostic))
     return Scored(
         {
             **parts,
             "metrics": {**parts["metrics"], "predictions": len(results)},
-            "intervals": intervals,
+            "intervals": {} if drawn is None else {"ap": _bounds(drawn)},
             "errors": errors,
             "histogram": _histogram(best),
             "warnings": [f"{len(silent)} of {len(dataset.truths)} images have no prediction, like {silent[0]}"] if silent else [],

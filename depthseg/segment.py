@@ -23,8 +23,8 @@ from depthseg.data import Failure, Unreadable, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
-from depthseg.errors import MISSING_PIECE, DepthsegError
-from depthseg.numerics import PRECISIONS, inference, keep_memory
+from depthseg.errors import DepthsegError
+from depthseg.numerics import device_of, inference, keep_memory, precision_of
 from depthseg.plan import Plan
 from depthseg.schema import (
     ABSENT,
@@ -430,29 +430,3 @@ def one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]]
         if len(images) == 1:
             return [Failure(images[0], stage, getattr(error, "message", str(error)))]
     return [result for image in images for result in one_by_one_if_need_be(stage, call, [image])]
-
-
-def device_of(name: str) -> torch.device:
-    """The device of this name; auto is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DepthsegError(f"no device is called '{name}'", "Use cpu, cuda, cuda:1 or auto.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DepthsegError(f"there is no device {name} on this machine", "Use --device cpu or auto.", MISSING_PIECE)
-    if device.type not in ("cpu", "cuda"):
-        raise DepthsegError(f"the device {name} is not supported", "Use cpu, cuda, cuda:1 or auto.")
-    return device
-
-
-def precision_of(name: str, device: torch.device) -> str:
-    """A key of PRECISIONS; auto is fp32 on the CPU and bf16 on CUDA, or fp16 where bf16 would be emulated."""
-    if name == "auto":
-        if device.type == "cpu":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name not in PRECISIONS:
-        raise DepthsegError(f"no precision is called '{name}'", f"Use {', '.join(PRECISIONS)} or auto.")
-    return name

@@ -6,25 +6,20 @@ and file positions, never masks. Knows nothing of models, devices or the termina
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 from depthseg import __version__, formats
 from depthseg.data import Failure, gave_out, read, stamp
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
+from depthseg.journal import Lines, locked
 from depthseg.plan import Plan
 from depthseg.schema import Image, Record
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None  # type: ignore[assignment]
 
 _PICTURES = ("overlays", "depth_panel", "labelmaps", "instances")  # fields of Plan that ask for pictures
 _OURS = ("run.json", "journal.jsonl", "failures.jsonl", "predictions.json", "images.json", "overlays", "labelmaps", "instances", "report")
@@ -50,20 +45,6 @@ def failed_keys(output: str | Path) -> list[str]:
         raise DepthsegError(f"no image failed in {output}", "Leave --retry-failed out.", NOTHING_TO_DO) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DepthsegError(f"{path} cannot be read ({e})", "Leave --retry-failed out: failed images are tried again anyway.") from e
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process writes to."""
-    with open(folder / ".lock", "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DepthsegError(f"another process is writing to {folder}", "Wait for it to end.") from None
-            except OSError:
-                pass  # some network file systems have no locks
-        yield
 
 
 class Sink:
@@ -108,7 +89,7 @@ class Sink:
             undo.enter_context(locked(self.output))
             self._claim()
             self._keep_failures()
-            self._journal = undo.enter_context(open(self.output / "journal.jsonl", "a+b", buffering=0))
+            self._journal = undo.enter_context(Lines(self.output / "journal.jsonl", "instances"))
             self._resume()
             self._manifest("running", None)
             self._held = undo.pop_all()
@@ -167,21 +148,11 @@ class Sink:
     def _resume(self) -> None:
         """Read which images are done: their file has the size it had, and all pictures that are asked for were made."""
         known = {image.key: image for image in self.images}
-        self._journal.seek(0)
-        end = 0
-        with open(self._journal.fileno(), "rb", closefd=False) as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):  # torn by a crash
-                    break
-                # The head of a line, up to the masks; a quote inside of a key is escaped, so the mark is unambiguous.
-                with contextlib.suppress(ValueError, KeyError):
-                    head = json.loads(line.partition(b', "instances": ')[0] + b"}")
-                    image = known.get(head["key"])
-                    if image is None or (head["file"] == stamp(image) and set(self._made) <= set(head["pictures"])):
-                        self._offsets[head["key"]] = end
-                end += len(line)
-        self._journal.truncate(end)
-        self._end = end
+        for at, head in self._journal.heads():
+            with contextlib.suppress(KeyError):
+                image = known.get(head["key"])
+                if image is None or (head["file"] == stamp(image) and set(self._made) <= set(head["pictures"])):
+                    self._offsets[head["key"]] = at
         self.done = self._offsets.keys() & known.keys()
 
     def write(self, record: Record) -> None:
@@ -211,32 +182,21 @@ class Sink:
             })  # fmt: skip
         head = {"key": key, "id": image.id, "size": list(image.size), "file": stamp(image), "pictures": self._made}
         seconds = {stage: round(s, 5) for stage, s in record.seconds.items()}
-        line = json.dumps(head | {"instances": instances, "seconds": seconds, "plan": record.plan}).encode() + b"\n"
-        with self._told():
-            rest = line
-            while rest := rest[self._journal.write(rest) :]:  # a disk that fills up takes the beginning first
-                pass
-        self._offsets[key] = self._end
-        self._end += len(line)
+        self._offsets[key] = self._journal.append(head | {"instances": instances, "seconds": seconds, "plan": record.plan})
         self._failed.discard(key)
         self.done.add(key)
         if time.monotonic() - self._synced > 1:
-            os.fsync(self._journal.fileno())
+            self._journal.sync()
             self._synced = time.monotonic()
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """If not even a line can be written, the run cannot go on."""
-        try:
-            yield
-        except OSError as error:
-            raise gave_out(error) from error
 
     def failed(self, failure: Failure) -> None:
         """One line in failures.jsonl; the image counts as not done."""
         line = json.dumps({"key": failure.image.key, "stage": failure.stage, "reason": failure.reason})
-        with self._told(), open(self.output / "failures.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with open(self.output / "failures.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise gave_out(error) from error
         self._failed.add(failure.image.key)
 
     def finish(self, state: str) -> None:
@@ -244,19 +204,17 @@ class Sink:
 
         Images come in input order; those that only an earlier run on this folder was given follow, so nothing is lost.
         """
-        os.fsync(self._journal.fileno())
+        self._journal.sync()
         names: dict[int, str] = {}
         instances = 0
         with (
-            open(self.output / "journal.jsonl", "rb") as journal,
-            _json_file(self.output / "predictions.json") as predictions,
-            _json_file(self.output / "images.json") as about,
+            formats.text_file(self.output / "predictions.json") as predictions,
+            formats.text_file(self.output / "images.json") as about,
         ):
             predictions.write("[")
             about.write('{"images": [')
             for position, (key, offset, id) in enumerate(self._in_order()):
-                journal.seek(offset)
-                line = json.loads(journal.readline())
+                line = self._journal.read(offset)
                 height, width = line["size"]
                 entry = {"id": id, "file_name": key, "height": height, "width": width}
                 about.write((",\n" if position else "\n") + json.dumps(entry))
@@ -305,14 +263,8 @@ class Sink:
             "plan": self.plan.to_json(),
             "extra": self.extra,
         }
-        with _json_file(self.output / "run.json") as file:
+        with formats.text_file(self.output / "run.json") as file:
             file.write(json.dumps(text, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _json_file(path: Path) -> Iterator[IO[str]]:
-    with formats.atomic(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
-        yield file
 
 
 def resolved(extra: dict) -> dict[str, str]:

@@ -39,8 +39,8 @@ from depthseg.models import checkpoint
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
 from depthseg.models.depthseg import DepthSeg
+from depthseg.numerics import device_of, precision_of
 from depthseg.schema import Image
-from depthseg.segment import device_of, precision_of
 
 
 @dataclass(frozen=True)

@@ -88,3 +88,17 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared beside the repository")
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run the command line in this process: exit code, stdout, stderr."""
+    from depthseg import cli
+
+    def call(*words: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return leaving.value.code, out, err
+
+    return call

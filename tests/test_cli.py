@@ -71,19 +71,6 @@ def fake(monkeypatch, tmp_path):
     return FakeSegmenter
 
 
-@pytest.fixture
-def run(capsys):
-    """Run main and give (exit code, stdout, stderr)."""
-
-    def call(*argv):
-        with pytest.raises(SystemExit) as leaving:
-            cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return leaving.value.code, out, err
-
-    return call
-
-
 def options(verb):
     return {p.name: p for p in typer.main.get_command(cli.app).commands[verb].params}
 

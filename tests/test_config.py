@@ -24,17 +24,6 @@ def alone(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*argv):
-        with pytest.raises(SystemExit) as leaving:
-            cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return leaving.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
 def shown(run):
     """What `config show` says of an option of a command: value, source, name."""
 

@@ -4,21 +4,6 @@ import json
 
 import pytest
 
-from depthseg import cli
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as leaving:
-            cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return leaving.value.code, out, err
-
-    return call
-
 
 def test_eval_prints_a_table_and_writes_a_report(run, pictures, coco_file, tmp_path):
     words = ["eval", "--images", pictures, "--annotations", coco_file, "--model", "nano"]
