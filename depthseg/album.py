@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from depthseg import formats
 from depthseg.errors import DepthsegError
-from depthseg.report import CSS
+from depthseg.page import CSS
 
 THUMB = 480  # long side of a thumbnail, pixels
 PER_PAGE = 200

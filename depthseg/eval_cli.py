@@ -16,9 +16,8 @@ from depthseg import options as opt
 from depthseg.errors import REGRESSION, SOME_FAILED, DepthsegError
 from depthseg.options import DEPTH, INPUT, OUTPUT, PROMPTS, RUN
 from depthseg.plan import Plan
-from depthseg.terminal import downloads, interruptible, number, progress, say, table, take, write_json
+from depthseg.terminal import FAILURES_SHOWN, downloads, interruptible, number, progress, say, table, take, write_json
 
-FAILURES_SHOWN = 20
 IMAGES_SHOWN = 5  # of those that got better, and worse
 ALIKE = {"map": "ap", "map50": "ap50", "map75": "ap75"}  # other words for our metrics
 

@@ -14,6 +14,7 @@ import typer
 
 from depthseg.errors import DepthsegError
 
+FAILURES_SHOWN = 20  # of the images that failed: the files of a run have them all
 LINE_EVERY = 10.0  # seconds between plain progress lines where stderr is no terminal
 
 
@@ -146,7 +147,7 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     Console(width=None if console.is_terminal else 200).print(table)
 
 
-def show(head: list[str], rows: list[list[str]], as_json: bool, **more: Any) -> None:
+def listing(head: list[str], rows: list[list[str]], as_json: bool, **more: Any) -> None:
     """A table on stdout; as_json: one object with the rows as objects instead, and what else is named."""
     if as_json:
         typer.echo(json.dumps({"schema_version": 1, **more, "rows": [dict(zip(head, row)) for row in rows]}))

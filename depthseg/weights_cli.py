@@ -11,7 +11,7 @@ from depthseg import catalog
 from depthseg import options as opt
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.options import MODEL, OUTPUT
-from depthseg.terminal import downloads, interruptible, say, show, take
+from depthseg.terminal import downloads, interruptible, listing, say, take
 
 app = typer.Typer(help="Weights on this machine: list, pull, verify, find, convert, remove.", no_args_is_help=True)
 Names = Annotated[list[str], typer.Argument(help="Names from `depthseg weights list`.", show_default=False)]
@@ -42,7 +42,7 @@ def weights_list(
                 remarks.setdefault(text, []).append(name)
             source = entry.hub or (entry.url or "").split("/")[2:3] or "this package"
             rows.append([name, role, f"{size:.1f} MB" if size else "", licence, source if isinstance(source, str) else source[0], state])
-    show(["name", "role", "size", "licence", "source", "state"], rows, as_json)
+    listing(["name", "role", "size", "licence", "source", "state"], rows, as_json)
     for text, which in remarks.items() if not as_json else ():
         typer.echo(f"{', '.join(dict.fromkeys(which))}: {text}")
 
@@ -76,7 +76,7 @@ def weights_verify(
     )
     found = {name: weights.verify(entry) for name, entry in chosen.items() if entry.file or entry.hub}
     rows = [[name, state] for name, state in found.items() if names or state != "missing"]
-    show(["name", "state"], rows, as_json)
+    listing(["name", "state"], rows, as_json)
     if bad := [name for name, state in rows if state not in ("sound", "no reference")]:
         raise DepthsegError(f"not sound: {', '.join(bad)}", "Run `depthseg weights rm`, then `depthseg weights pull`.", MISSING_PIECE)
 

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from depthseg import convert_cli, data, export, masks
+from depthseg import convert_cli, data, export, masks, outlines
 from depthseg.errors import NOTHING_TO_DO, SOME_FAILED, USAGE, DepthsegError
 from depthseg.plan import Plan
 from depthseg.schema import Masks, Record
@@ -103,26 +103,26 @@ def test_outlines_give_the_very_mask_to_every_reader(smooth):
         noise = rng.random(size)
         noise = ndimage.gaussian_filter(noise, smooth) if smooth else noise
         mask = noise >= np.quantile(noise, rng.random())
-        parts = export.outlines(mask)
+        parts = outlines.outlines(mask)
         assert len(parts) == ndimage.label(mask)[1]
-        corners = [export.exact(part) for part in parts]
+        corners = [outlines.exact(part) for part in parts]
         assert all(len(xy) >= 4 for xy in corners), "pycocotools would read fewer as a box"
         rle = coco_mask.merge(coco_mask.frPyObjects([xy.ravel().tolist() for xy in corners], *size))
         assert np.array_equal(coco_mask.decode(rle), mask)
         turned = [np.roll(xy, -1, axis=0) for xy in corners]
         assert sum((a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]).sum() for a, b in zip(corners, turned)) == 2 * mask.sum(), "clockwise, holes not"
-        assert np.array_equal(np.any([drawn(size, export.inset(part)) for part in parts], axis=0), mask)
+        assert np.array_equal(np.any([drawn(size, outlines.inset(part)) for part in parts], axis=0), mask)
 
 
 def test_outlines_by_hand():
-    assert export.outlines(np.zeros((3, 4), bool)) == []
-    (two,) = export.outlines(np.ones((1, 2), bool))
+    assert outlines.outlines(np.zeros((3, 4), bool)) == []
+    (two,) = outlines.outlines(np.ones((1, 2), bool))
     assert two.tolist() == [[0, 0, 1, 1], [2, 0, -1, 1], [2, 1, -1, -1], [0, 1, 1, -1]]
     ring = np.ones((3, 3), bool)
     ring[1, 1] = False
-    (cut,) = export.outlines(ring)
-    assert export.exact(cut).tolist() == [[0, 0], [3, 0], [3, 3], [0, 3], [0, 1], [1, 1], [1, 2], [2, 2], [2, 1], [1, 1], [0, 1]]
-    assert len(export.outlines(np.eye(3, dtype=bool))) == 3, "corners do not connect"
+    (cut,) = outlines.outlines(ring)
+    assert outlines.exact(cut).tolist() == [[0, 0], [3, 0], [3, 3], [0, 3], [0, 1], [1, 1], [1, 2], [2, 2], [2, 1], [1, 1], [0, 1]]
+    assert len(outlines.outlines(np.eye(3, dtype=bool))) == 3, "corners do not connect"
 
 
 # ---- COCO ----
