@@ -78,7 +78,7 @@ def predict(
     rules = PROTOCOLS[ask.protocol]
     if ask.prompt != "detector" and not any(len(rules.asked(t)) for t in dataset.truths):
         raise DepthsegError(f"{dataset.file} has no mask to ask for under these rules", "Choose other images or rules.", NOTHING_TO_DO)
-    answers = _clicks if ask.prompt == "point" else _boxes
+    answers = click_answers if ask.prompt == "point" else box_answers
     failed: list[Failure] = []
     with predictions.Journal(folder, settings(dataset, segmenter, ask), dataset, overwrite) as journal:
         todo = [t for t in dataset.truths if t.image.id not in journal.done]
@@ -94,7 +94,7 @@ def predict(
         return (*journal.results(), failed)
 
 
-def _boxes(dataset: Dataset, truths: Sequence[Truth], segmenter: Segmenter, ask: Request) -> Iterator[tuple[Truth, Answers | Failure]]:
+def box_answers(dataset: Dataset, truths: Sequence[Truth], segmenter: Segmenter, ask: Request) -> Iterator[tuple[Truth, Answers | Failure]]:
     """Boxes of the truth, or of the segmenter's own source."""
     rules = PROTOCOLS[ask.protocol]
     of_truth = {t.image.key: rules.asked(t) for t in truths} if ask.prompt == "box" else {}
@@ -181,7 +181,9 @@ def _other_size(image: Image, truth: Truth) -> Failure:
     return Failure(truth.image, "read", f"the picture has {w} x {h} pixels, its annotations say {tw} x {th}")
 
 
-def _clicks(dataset: Dataset, truths: Sequence[Truth], segmenter: Segmenter, ask: Request) -> Iterator[tuple[Truth, Answers | Failure]]:
+def click_answers(
+    dataset: Dataset, truths: Sequence[Truth], segmenter: Segmenter, ask: Request
+) -> Iterator[tuple[Truth, Answers | Failure]]:
     """Features once for each image, then rounds: the masks after 1, 3 and 5 clicks come out of one pass of five."""
     rules = PROTOCOLS[ask.protocol]
     pairs = zip(truths, read_ahead(t.image for t in truths))

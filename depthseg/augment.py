@@ -3,7 +3,9 @@
 A view is what inference sees too: part of a picture laid into the encoder's square by `Frame`. NumPy and Pillow only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from PIL import Image as PILImage
@@ -27,6 +29,7 @@ class View:
     boxes: Array  # (P, 4) true boxes, xyxy in 0..1 of the square
     points: Array  # (P, TOKENS, 2) in the 1024 frame
     labels: Array  # (P, TOKENS)
+    dither: Array  # (P,) float32 0..1, for choices that are made later
 
 
 def _window(box: Array, size: tuple[int, int], whole: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -115,19 +118,21 @@ def view(
     x0, y0, x1, y1 = _window(masks.boxes([sample.rles[focus]])[0], sample.pixels.shape[:2], whole, rng)
     crop = np.s_[y0:y1, x0:x1]
     picked = [focus, *rng.permutation([i for i in range(len(areas)) if i != focus])[: 4 * count]]
-    found = [m for m in (masks.decode(sample.rles[i])[crop] for i in picked) if m.any()]
+    found: Iterator[Array] = (m for m in (masks.decode(sample.rles[i])[crop] for i in picked) if m.any())  # no more than are needed
     pixels, relief = sample.pixels[crop], None if depth is None else depth[crop]
     if other is not None:
-        pixels, relief, found = _paste(pixels, relief, found, other, rng)
-        found = [found[-1], *found[:-1]]  # the pasted object is asked for
-    if rng.random() < 0.5:
-        pixels, found = pixels[:, ::-1], [m[:, ::-1] for m in found]
-        relief = None if relief is None else relief[:, ::-1]
-    pixels = colour(pixels, rng)
+        pixels, relief, below = _paste(pixels, relief, list(islice(found, count + 2)), other, rng)
+        found = iter([below[-1], *below[:-1]])  # the pasted object is asked for
+    flip = rng.random() < 0.5
     frame = Frame((pixels.shape[0], pixels.shape[1]), side)
     h, w = frame.inner
+    if h < pixels.shape[0]:  # colours change at the size that is seen: a photograph has a hundred times its pixels
+        pixels = np.asarray(PILImage.fromarray(pixels).resize((w, h), PILImage.Resampling.BILINEAR))
+    pixels = colour(pixels[:, ::-1] if flip else pixels, rng)
+    relief = relief if relief is None or not flip else relief[:, ::-1]
     targets, boxes, points, labels = [], [], [], []
     for m in found:
+        m = m[:, ::-1] if flip else m
         small = np.asarray(PILImage.fromarray(m).convert("L").resize((w, h), PILImage.Resampling.BOX)) / np.float32(255)
         if small.sum() < 24:
             continue
@@ -147,9 +152,10 @@ def view(
     if not targets:
         return None
     return View(
-        frame.image(np.ascontiguousarray(pixels)),
+        Frame((pixels.shape[0], pixels.shape[1]), side).image(np.ascontiguousarray(pixels)),
         None if relief is None else frame.depth(np.ascontiguousarray(relief)),
         np.stack(targets), np.stack(boxes), np.stack(points).astype(np.float32), np.stack(labels),
+        rng.random(len(targets)).astype(np.float32),
     )  # fmt: skip
 
 
@@ -171,7 +177,9 @@ def _prompt(mask: Array, box: Array, boxes_share: float, rng: np.random.Generato
     outside = np.argwhere(~mask[a[1] : b[1], a[0] : b[0]]) + [a[1], a[0]]
     for i in range(clicks):
         if i == 0 and rng.random() < 0.5:  # the evaluation's first click: the deepest point
-            at = np.unravel_index(ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1].argmax(), mask.shape)
+            low, high = inside.min(0), inside.max(0) + 1  # a rim of one cell around the mask gives the same distances as all of it
+            depth = ndimage.distance_transform_edt(np.pad(mask[low[0] : high[0], low[1] : high[1]], 1))[1:-1, 1:-1]
+            at = np.array(np.unravel_index(depth.argmax(), depth.shape)) + low
             sign = POSITIVE
         else:
             negative = i > 0 and rng.random() < 0.4 and len(outside) > 0

@@ -8,23 +8,25 @@ import contextlib
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from depthseg import __version__, catalog
+from depthseg import __version__
 from depthseg import options as opt
 from depthseg.config import Config
 from depthseg.config import app as config_app
 from depthseg.convert_cli import convert
+from depthseg.data_cli import app as data_app
 from depthseg.doctor import doctor
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.eval_cli import compare, evaluate
 from depthseg.models_cli import bench, models
-from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, RUN
+from depthseg.options import OUTPUT
 from depthseg.plan import Plan
 from depthseg.segment_cli import detect, segment
 from depthseg.terminal import FAILURES_SHOWN, interruptible, progress, say, take
+from depthseg.train_cli import train
 from depthseg.weights_cli import app as weights_app
 
 app = typer.Typer(
@@ -42,6 +44,7 @@ def _version(wanted: bool) -> None:
 
 
 app.add_typer(weights_app, name="weights")
+app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
 
@@ -96,99 +99,6 @@ def depth_maps(
 
 
 @app.command()
-def train(
-    stage: Annotated[
-        Literal["0", "1", "2", "depth", "boxes"],
-        typer.Option(help="0 the RGB model, 1 the depth encoder alone, 2 end to end; depth, boxes: nano's estimator and detector."),
-    ],
-    data: Annotated[
-        list[Path],
-        typer.Option(help="SA-1B layout, folder or tars, or a COCO instances file; repeatable.", rich_help_panel=INPUT, metavar="ROOT"),
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of checkpoints and curves.", rich_help_panel=OUTPUT)],
-    model: opt.ModelName = Plan.model,
-    init: Annotated[str | None, typer.Option(help="Start from these weights.", rich_help_panel=MODEL, metavar="FILE")] = None,
-    depth_maps: Annotated[
-        str | None, typer.Option(help="Folder of depth maps of the images.", rich_help_panel=DEPTH, metavar="DIR")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, instead of the stage's own.", rich_help_panel=RUN)] = None,
-    epochs: Annotated[float | None, typer.Option(min=0, help="Length in epochs, instead of the stage's own.", rich_help_panel=RUN)] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(min=0, help="Length by the clock; the schedule follows it, so runs differ.", rich_help_panel=RUN),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images in one step, over all processes.", rich_help_panel=RUN)] = None,
-    masks: Annotated[int | None, typer.Option(min=1, help="Masks of one image in one step.", rich_help_panel=RUN)] = None,
-    mix: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="PART=WEIGHT: how often images are drawn whose source (in manifest.csv) contains PART; repeatable.",
-            rich_help_panel=INPUT,
-            metavar="PART=WEIGHT",
-        ),
-    ] = None,
-    loss: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=WEIGHT: another weight for one of the stage's losses; repeatable.", rich_help_panel=RUN, metavar="NAME=WEIGHT"
-        ),
-    ] = None,
-    boxes_share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the masks prompted with a box; the rest with clicks.", rich_help_panel=RUN)
-    ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples ahead.", rich_help_panel=RUN)] = 1,
-    lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate, instead of the stage's own.", rich_help_panel=RUN)] = None,
-    seed: Annotated[int, typer.Option(rich_help_panel=RUN)] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.", rich_help_panel=RUN)] = False,
-    device: opt.Device = Plan.device,
-    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
-    debug: opt.Debug = False,
-) -> None:
-    """Train a model on masks, by the two stages of the paper.
-
-    [bold]depthseg train --stage 1 --data sa1b --depth-maps depth --init nano.safetensors -o one[/bold]\n
-    [bold]depthseg train --stage 2 --data sa1b --depth-maps depth --init one/weights.safetensors -o two[/bold]\n
-    [bold]torchrun --nproc-per-node 8 -m depthseg train ...[/bold]   several processes
-    """
-    catalog.row(catalog.MODELS, model, "model")
-    if sum(v is not None for v in (steps, epochs, minutes)) > 1:
-        raise DepthsegError("more than one of --steps, --epochs and --minutes is given", "Give one of them.")
-    try:
-        shares, losses = ({k: float(v) for k, _, v in (m.rpartition("=") for m in given or [])} for given in (mix, loss))
-    except ValueError:
-        raise DepthsegError("--mix and --loss take NAME=NUMBER", "Write them like --mix coco=3 --loss dice=2.") from None
-    take(output)
-    again = "stopped; run the same command with --resume to go on from the newest checkpoint"
-    with contextlib.redirect_stdout(sys.stderr), interruptible(again):
-        from depthseg.train import TrainPlan
-        from depthseg.train import train as run
-
-        plan = TrainPlan(
-            stage=stage,
-            data=tuple(map(str, data)),
-            output=str(output),
-            model=model,
-            init=init,
-            depth_maps=depth_maps,
-            steps=steps,
-            epochs=epochs,
-            minutes=minutes,
-            batch=batch,
-            masks=masks,
-            mix=shares,
-            losses=losses,
-            boxes_share=boxes_share,
-            workers=workers,
-            lr=lr,
-            seed=seed,
-            device=device,
-            precision=precision,
-        )
-        weights = run(plan, resume=resume, progress=lambda line: say("  ".join(f"{k} {v:.4g}" for k, v in line.items())))
-    typer.echo(weights)
-
-
-@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="The folder that `segment` wrote.", show_default=False)],
     debug: opt.Debug = False,
@@ -204,6 +114,7 @@ def report(
     typer.echo(page)
 
 
+app.command()(train)
 app.command()(bench)
 app.command()(models)
 app.command()(doctor)
@@ -232,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _verbs() -> list[str]:
-    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback] + ["weights", "config"]
+    own = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    return [*own, *(group.name for group in app.registered_groups if group.name)]
 
 
 def _explain(kind: str, message: str, hint: str) -> None:

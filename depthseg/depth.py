@@ -197,6 +197,9 @@ class DepthFolder:
         wrong: list[tuple[Image, DepthsegError]] = []
         for image in images:
             try:
+                if image.path is None and image.pixels is None:  # lies in an archive: its size is not known yet
+                    self._find(image)
+                    continue
                 seen = replace(image, size=upright_size(image))
                 path = self._find(image)
                 self._fit(path, _shape(path), seen)
@@ -206,7 +209,8 @@ class DepthFolder:
                 wrong.append((image, error))
         for at, (image, first) in enumerate(wrong):
             with suppress(Unreadable):
-                read(image)  # a picture that is broken behind its header has no map for that reason
+                if image.path is not None:
+                    read(image)  # a picture that is broken behind its header has no map for that reason
                 raise DepthsegError(f"{first.message} ({len(wrong) - at} of {len(images)} images lack a fitting map)", first.hint)
 
     def _one(self, image: Image) -> Array:
@@ -273,6 +277,14 @@ def _read_map(path: Path) -> Array:
             "Coloured pictures of depth cannot be read back: save the numbers.",
         )
     return stored
+
+
+def maps_of(folder: str | None) -> str:
+    """Which estimator made the maps of a folder, as its depth.json says; "" where nothing is said."""
+    try:
+        return str(json.loads((Path(folder or "") / "depth.json").read_bytes()).get("estimator", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 # ---- the cache ----

@@ -1,6 +1,7 @@
 """Training samples in SA-1B's layout: `sa_N.jpg` beside `sa_N.json`, in folders or in tar archives (plain or gzip, as published).
 
-Also reads a COCO instances file, whose pictures lie below its own folder, and RGB + depth pairs (`rgb/`, `depth/`, a manifest).
+Also reads EfficientViT's layout of them (`images/`, `masks/` and `sa_images_ids.txt`), packs of `data pack` (tars that hold depth, too),
+a COCO instances file, whose pictures lie below its own folder, and RGB + depth pairs (`rgb/`, `depth/`, a manifest).
 Knows nothing of crops, prompts or tensors.
 """
 
@@ -19,6 +20,7 @@ from depthseg import masks
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array
 
+IDS = "sa_images_ids.txt"  # of EfficientViT's layout
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # Pillow would run Ghostscript for an EPS called .jpg
 
 
@@ -31,6 +33,8 @@ class Entry:
     source: str = ""  # where the picture came from, if a manifest.csv in the root says so
     image: tuple[int, int] | None = None  # offset and length inside the archive
     annotation: tuple[int, int] | None = None
+    depth: tuple[int, int] | None = None  # likewise: a 16-bit PNG, near is bright
+    masks: str = ""  # path of the annotation below the root, where it is not beside the picture
     segmentations: tuple[list | dict, ...] | None = None  # of a COCO file, which is read once
 
 
@@ -70,13 +74,28 @@ def _in_tar(path: Path) -> list[Entry]:
         with tarfile.open(plain, "r:") as tar:  # not xz or bzip2, in which no offset would be right
             for m in tar:
                 stem, _, kind = m.name.rpartition(".")
-                if m.isfile() and kind in ("jpg", "json") and ".." not in stem.split("/"):  # a key also names a depth map in a folder
+                if kind == "png" and stem.endswith(".depth"):
+                    stem, kind = stem.removesuffix(".depth"), "depth"
+                if m.isfile() and kind in ("jpg", "json", "depth") and ".." not in stem.split("/"):  # a key also names a depth map
                     members.setdefault(stem, {})[kind] = (m.offset_data, m.size)
     except Exception as e:  # a dozen types from gzip, zlib and tarfile, for archives that are cut off or none
         raise DepthsegError(f"{path} is not a readable .tar archive ({e})", "The file may be cut off: fetch it again.") from e
     return [
-        Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"]) for stem, v in sorted(members.items()) if len(v) == 2
+        Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"], depth=v.get("depth"))
+        for stem, v in sorted(members.items())
+        if "jpg" in v and "json" in v
     ]
+
+
+def _in_upstreams_layout(root: Path) -> list[Entry]:
+    """`images/sa_N.jpg` and `masks/sa_N.json` for each N of `sa_images_ids.txt`, a number a line; a missing file is a broken sample."""
+    try:
+        numbers = (root / IDS).read_text().split()
+    except (OSError, UnicodeError) as e:
+        raise DepthsegError(f"{root / IDS} cannot be read ({e})", "It needs one number of an image a line.") from e
+    if strange := [n for n in numbers if not n.isdecimal()]:
+        raise DepthsegError(f"{root / IDS} holds '{strange[0][:40]}'", "It needs one number of an image a line.")
+    return [Entry(f"images/sa_{n}.jpg", root, masks=f"masks/sa_{n}.json") for n in numbers]
 
 
 def _in_coco(path: Path) -> list[Entry]:
@@ -117,6 +136,8 @@ def index(roots: list[Path]) -> list[Entry]:
         found = []
         if root.is_file():
             found = _in_coco(root) if root.suffix == ".json" else _in_tar(root)
+        elif (root / IDS).is_file():
+            found = _in_upstreams_layout(root)
         else:
             for annotation in sorted(root.rglob("sa_*.json")):
                 picture = annotation.with_suffix(".jpg")
@@ -137,7 +158,7 @@ def index(roots: list[Path]) -> list[Entry]:
 def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:
     if where is None:
         picture = entry.root / entry.key
-        path = picture if suffix == ".jpg" else picture.with_suffix(suffix)
+        path = picture if suffix == ".jpg" else entry.root / entry.masks if entry.masks else picture.with_suffix(suffix)
         if not path.is_file():  # a device or a pipe would be read for ever
             raise ValueError("no such file")
         return path.read_bytes()
@@ -159,6 +180,19 @@ def load(entry: Entry) -> Sample:
         return Sample(entry.key, pixels, [masks.of_coco(r, size) for r in rles])
     except Exception as e:  # broken pictures and masks raise a dozen types
         raise ValueError(f"{entry.key}: {e}") from e
+
+
+def depth_of(entry: Entry) -> Array | None:
+    """The depth map (h', w') float32 0..1 that lies in a pack beside the picture, None where there is none. Raises ValueError."""
+    if entry.depth is None:
+        return None
+    try:
+        stored = np.asarray(PILImage.open(io.BytesIO(_bytes(entry, ".png", entry.depth)), formats=("PNG",)))
+        if stored.ndim != 2 or stored.dtype != np.uint16:
+            raise ValueError("no 16-bit map")
+    except (OSError, ValueError, SyntaxError) as e:
+        raise ValueError(f"{entry.key}: its depth map cannot be read ({e})") from e
+    return stored.astype(np.float32) / np.float32(65535)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gracefully() -> Iterator[Callable[[], int]]:
+def gracefully(words: str = "stopping after this batch; once more to stop at once") -> Iterator[Callable[[], int]]:
     """A function that tells the signal which asked to stop, 0 as long as none did; a second Ctrl-C or SIGTERM stops at once.
 
     For the inside of `interruptible`: who is told to stop ends what is in hand and raises KeyboardInterrupt with the signal's number.
@@ -67,7 +67,7 @@ def gracefully() -> Iterator[Callable[[], int]]:
         if asked:
             raise KeyboardInterrupt(number)
         asked = number
-        say("stopping after this batch; once more to stop at once")
+        say(words)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,340 +1,325 @@
-"""`depthseg train`: one loop for all stages, a table of stages, checkpoints that survive a kill.
+"""`depthseg train`: one loop for all stages, which nothing stops for good.
 
-The paper (Sec. 3.2, 4.1) gives two stages of 2 epochs, batch 4, 4 masks per image, AdamW 0.9/0.999 and the weights 20, 1, 1.0, 0.5,
-0.2. What it leaves open is decided here, once:
-
-- Learning rates. Upstream's 6.4e-6 (EfficientViT-SAM, stage 2) for weights that are already trained; 2e-4 for the depth encoder,
-  which starts at random.
-- Stage 1, "the depth encoder is trained independently": the RGB encoder and the head are frozen (BatchNorm in eval mode), the masks
-  are decoded from the fused features, and the depth encoder and alpha learn. So the branch learns what RGB lacks, in the head's own space.
-- alpha starts stage 1 at 0.1: behind 0 the depth encoder would get no gradient, and at 1 a random branch would drown F_rgb.
-- direct: mask and dice loss of the masks decoded after the first of the decoder's two blocks (an intermediate prediction that needs no
-  new parameter). aux: 1 - dice between the edges of prediction and truth (the paper calls it boundary-focused).
-- iou: squared error of the predicted IoU of all candidates that a prompt asks for (upstream does not train it; masks could not rank).
-- Prompts: half boxes, half 1 to 10 clicks with negatives among the later ones (upstream never trained negatives, the evaluation uses them).
-
-Knows nothing of the terminal: `progress` is called with what was measured.
+A run's folder holds what it was told (plan.json), its newest state (last.pt) and earlier ones if asked for (step-N.pt), its log
+(log.jsonl, curves.png), validation pictures, and what it is for: weights.safetensors, the moving average, with a card; best.safetensors
+is the average at its best validation. A state is everything: killed at any step and resumed, a run on the CPU ends bit for bit as if
+nothing had happened. Knows nothing of the terminal: `tell` is called with what was measured.
 """
 
 import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from depthseg import __version__, catalog, sa1b, tasks
-from depthseg.depth import DepthFolder
+from depthseg import __version__
+from depthseg.curves import Log
+from depthseg.depth import maps_of
 from depthseg.errors import DepthsegError
-from depthseg.formats import atomic
+from depthseg.formats import atomic, text_file
+from depthseg.learner import Learner, World, stage_of
 from depthseg.models import checkpoint
-from depthseg.models.boxes import BoxNet
-from depthseg.models.depthnet import DepthNet
-from depthseg.models.depthseg import DepthSeg
-from depthseg.numerics import device_of, precision_of
-from depthseg.schema import Image
+from depthseg.preflight import preflight
+from depthseg.stages import FREE, TrainPlan
+from depthseg.tasks.batches import Step, Steps
+from depthseg.validation import Validation
+
+ENDLESS = 10**7  # steps of a run that ends by the clock
+NOT_FINITE = 5  # steps in a row, after which a run is given up
+BAD_BATCH = "bad-batch.pt"
+
+Tell = Callable[[str, dict[str, Any]], None]  # told (what kind, its values): preflight, log, validation, note
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One row: what learns, from which losses, how fast."""
+def train(
+    plan: TrainPlan,
+    resume: bool = False,
+    check: bool = False,
+    tell: Tell = lambda kind, values: None,
+    stop: Callable[[], int] = lambda: 0,
+) -> Path:
+    """Run one stage; returns the exported weights, `OUT/weights.safetensors` (the moving average, kernels in fp16).
 
-    about: str
-    task: str  # masks, depth, boxes
-    weights: dict[str, float]
-    learns: tuple[str, ...] = ("",)  # prefixes of the parameters that learn
-    lr: float = 1e-5
-    decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    epochs: float = 2
-    batch: int = 4
-    masks: int = 4  # per image
-    boxes_share: float = 0.5
-    paste: float = 0.0
-    alpha: float | None = None  # value to start from
-    # encoder inputs over the crop size, and how often; only networks that take any size
-    scales: tuple[tuple[float, float], ...] = ((1.0, 0.7), (1.6, 0.2), (2.4, 0.1))
-
-
-_PAPER = {"mask": 20.0, "dice": 1.0, "iou": 1.0, "direct": 0.5, "aux": 0.2}
-STAGES = {
-    "0": Stage("the RGB model from random weights", "masks", {"mask": 4.0, "dice": 2.0, "iou": 1.0, "aux": 0.2}, lr=2e-3, decay=0.03,
-               betas=(0.9, 0.98), epochs=100, batch=16, masks=3, boxes_share=0.85, paste=0.15, scales=((1.0, 1.0),)),
-    "1": Stage("the depth encoder alone", "masks", _PAPER, ("depth_encoder.", "alpha"), lr=2e-4, alpha=0.1),
-    "2": Stage("everything, end to end", "masks", _PAPER),
-    "depth": Stage("nano's depth estimator", "depth", {"depth": 1.0, "gradient": 0.5}, lr=1e-3, decay=0.03, epochs=15, batch=8),
-    "boxes": Stage("nano's box proposer", "boxes", {"score": 1.0, "box": 1.0}, lr=1e-3, decay=0.03, epochs=30, batch=8),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """One training run, as names and numbers. None means the stage's own value."""
-
-    stage: str
-    data: tuple[str, ...]
-    output: str
-    model: str = "nano-depth"
-    init: str | None = None  # weights to start from
-    depth_maps: str | None = None  # folder of depth maps of the training pictures (16-bit PNG, near is bright)
-    steps: int | None = None
-    epochs: float | None = None
-    minutes: float | None = None  # the schedule follows the clock instead of a number of steps; not repeatable
-    batch: int | None = None  # over all processes
-    masks: int | None = None
-    lr: float | None = None
-    boxes_share: float | None = None  # share of the masks prompted with a box
-    losses: dict[str, float] = field(default_factory=dict)  # weights in place of the stage's own
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    workers: int = 1
-    ema: float = 0.998
-    clip: float = 1.0
-    save_every: int = 200  # steps
-    mix: dict[str, float] = field(default_factory=dict)  # part of a source's name -> how often its pictures are drawn
+    resume: go on from `OUT/last.pt`. check: try everything first. stop: tells the signal that asked to stop, 0 if none did; then the
+    state is saved and KeyboardInterrupt raised with its number. Under torchrun every process computes its share of the batch and the
+    first one writes. Raises DepthsegError for what a user can mend.
+    """
+    world = World()
+    stage = stage_of(plan)
+    out = Path(plan.output)
+    last = out / "last.pt"
+    if last.exists() and not resume:
+        raise DepthsegError(f"{out} already holds a training run", "Pass --resume to go on with it, or choose another --output.")
+    validation = Validation(plan) if plan.validate and stage.task == "masks" else None
+    learner = Learner(plan, stage, world)
+    world.start(learner.device)
+    steps = Steps(learner.task.source, learner.task.order, stage.batch, plan.micro_batch or stage.batch, plan.seed, world.rank, world.size,
+                  -(-plan.overfit // stage.batch) if plan.overfit else None)  # fmt: skip
+    count = _length(plan, stage.epochs, steps)
+    if resume and last.exists():
+        _same_run(plan, out)
+        learner.load(_state(last, learner.device))
+    elif world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        with text_file(out / "plan.json") as file:
+            file.write(json.dumps({**asdict(plan), "version": __version__, "maps_of": maps_of(plan.depth_maps)}, indent=1))
+    if check and learner.step == 0:
+        for finding in preflight(learner, steps, count, out):
+            tell("preflight", {finding.what: finding.said})
+        if validation:
+            tell("preflight", {"validation": ", ".join(f"{k} {v}" for k, v in _validated(validation, learner, out).items())})
+    with _Sitting(plan, learner, world, count, out, validation, tell) as sitting:
+        told = sitting.run(steps, stop)
+    world.end()
+    if told:
+        raise KeyboardInterrupt(told)
+    return out / "weights.safetensors"
 
 
-def _network(plan: TrainPlan, stage: Stage) -> nn.Module:
-    if stage.task == "depth":
-        network: nn.Module = DepthNet()
-    elif stage.task == "boxes":
-        network = BoxNet()
-    else:
-        entry = catalog.row(catalog.MODELS, plan.model, "model")
-        network = catalog.resolve(entry)(**entry.args)
-    if stage.task == "masks" and plan.stage != "0" and not plan.init:
-        raise DepthsegError(f"stage {plan.stage} starts from a trained model", "Pass --init with its weights.")
-    if plan.init:
-        if stage.task == "masks":
-            checkpoint.load_into(network, Path(plan.init))
-        else:  # only the backbone of a segmenter is of use
-            state = {k.split("image_encoder.", 1)[-1]: v for k, v in checkpoint.read(Path(plan.init)).items()}
-            own = {k: v for k, v in state.items() if k in network.state_dict()}
-            if not own:
-                raise DepthsegError(f"{plan.init} shares no weights with the {stage.task} network", "Pass --init with a nano model.")
-            network.load_state_dict(own, strict=False)
-    if stage.alpha is not None:
-        if getattr(network, "alpha", None) is None:
-            raise DepthsegError(f"stage {plan.stage} trains the depth branch, and {plan.model} has none", f"Use {plan.model}-depth.")
-        with torch.no_grad():
-            network.alpha.fill_(stage.alpha)  # type: ignore[union-attr,operator]
-    return network
+def _length(plan: TrainPlan, epochs: float, steps: Steps) -> int:
+    if plan.minutes is not None:
+        return ENDLESS
+    return plan.steps if plan.steps is not None else max(1, round(epochs * steps.order.count / steps.batch))
 
 
-def _data(plan: TrainPlan, stage: Stage, network: nn.Module, batch: int, rank: int) -> tuple[Any, int]:
-    """The data set of one process, and how many samples an epoch has."""
-    roots = [Path(d) for d in plan.data]
-    common = {"batch": batch, "steps": 0, "seed": plan.seed, "rank": rank}
-    if stage.task == "depth":
-        pairs = sa1b.depth_pairs(roots)
-        scenes = [p.scene.rstrip("0123456789_") for p in pairs]
-        chance = np.array([scenes.count(s) ** -0.5 for s in scenes])  # a long sequence counts less per frame
-        return tasks.DepthData(pairs, chance / chance.sum(), **common), len(pairs)
-    entries = sa1b.index(roots)
-    chance = np.array([next((w for part, w in plan.mix.items() if part in e.source), 1.0) for e in entries])
-    if not chance.sum():
-        raise DepthsegError("no sample is left after --mix", "Give at least one source a weight above 0.")
-    chance = chance / chance.sum()
-    if stage.task == "boxes":
-        return tasks.BoxData(entries, chance, **common), int((chance > 0).sum())
-    assert isinstance(network, DepthSeg)
-    if network.alpha is not None and not plan.depth_maps:
-        raise DepthsegError(f"{plan.model} needs depth maps of the training pictures", "Make them once, then pass --depth-maps FOLDER.")
-    sides: tuple[tuple[int, float], ...]
-    if network.zoom_side < network.side:  # takes any size: crops at the zoom size mostly, larger ones so that it holds there too
-        z = network.zoom_side
-        sides, whole = tuple((round(z * s / 32) * 32, share) for s, share in stage.scales), 0.15
-    else:
-        sides, whole = ((network.side, 1.0),), 1.0
-    depth = DepthFolder(plan.depth_maps) if plan.depth_maps and network.alpha is not None else None
-    if depth:  # a map that is missing shall not end the run hours later
-        depth.check([Image(e.key, 0, e.root / e.key, (0, 0)) for e in entries])
-    return tasks.MaskData(entries, chance, depth, masks=plan.masks or stage.masks, sides=sides, stride=network.mask_stride, whole=whole,
-                          boxes_share=stage.boxes_share, paste=stage.paste, **common), len(entries)  # fmt: skip
-
-
-def _device(plan: TrainPlan, local: int) -> tuple[torch.device, torch.dtype | None]:
-    device = device_of(plan.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local)
-    precision = precision_of(plan.precision, device)
-    if precision == "fp16" and plan.precision == "auto":
-        precision = "fp32"
-    if precision == "fp16":
-        raise DepthsegError("training in fp16 would need loss scaling, which is not built", "Use --precision bf16 or fp32.")
-    return device, {"fp32": None, "bf16": torch.bfloat16}[precision]
-
-
-def _groups(network: nn.Module, decay: float) -> list[dict]:
-    """Weight decay on matrices and kernels only."""
-    learn = [p for p in network.parameters() if p.requires_grad]
-    return [{"params": [p for p in learn if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in learn if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
-
-
-def _ema(decay: float) -> Callable:
-    """A moving average that forgets its random start: the decay rises to its value with the number of updates."""
-
-    @torch.no_grad()
-    def update(averages: Any, current: Any, count: Any) -> None:
-        d = min(decay, (1 + int(count)) / (10 + int(count)))
-        for a, c in zip(averages, current, strict=True):
-            if a.is_floating_point():
-                a.lerp_(c.to(a.dtype), 1 - d)
-            else:
-                a.copy_(c)
-
-    return update
-
-
-def _save(path: Path, state: dict) -> None:
-    with atomic(path) as part:
-        torch.save(state, part)
+def _state(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not {"network", "average", "optimizer", "scaler", "step"} <= state.keys():
+            raise ValueError("it is no state of this version")
+        return state
+    except Exception as error:  # a damaged file raises anything from pickle's and zipfile's to AttributeError
+        earlier = sorted(path.parent.glob("step-*.pt"))
+        how = f"Copy {earlier[-1].name} over it to go on from there." if earlier else "Start anew in another --output."
+        raise DepthsegError(f"{path} cannot be read ({str(error)[:120]})", how) from error
 
 
 def _same_run(plan: TrainPlan, out: Path) -> None:
     """Refuse to go on with other options than the run began with; those that only steer its course may change."""
-    free = {"steps", "epochs", "minutes", "workers", "save_every", "device", "output"}
     try:
         before = json.loads((out / "plan.json").read_text())
+        if not isinstance(before, dict):
+            raise ValueError("no object")
     except (OSError, ValueError) as e:
         raise DepthsegError(f"{out} has a checkpoint but no readable plan.json", "Start anew in another --output.") from e
-    now = json.loads(json.dumps(asdict(plan)))
-    differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in free and before.get(k) != v]
+    now = json.loads(json.dumps({**asdict(plan), "maps_of": maps_of(plan.depth_maps)}))
+    differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in FREE and before.get(k) != v]
     if differ:
         raise DepthsegError(f"{out} holds a run with other options: {', '.join(differ)}", "Use the same, or another --output.")
 
 
-def train(plan: TrainPlan, resume: bool = False, progress: Callable[[dict], None] | None = None) -> Path:
-    """Run one stage; returns the exported weights, `OUT/weights.safetensors` (the averaged model, fp16).
+def _validated(validation: Validation, learner: Learner, out: Path) -> dict[str, float]:
+    return validation.score(learner.average.module, out / "validation" / f"step-{learner.step:08d}.png")
 
-    `OUT` also gets `last.pt` (everything needed to go on), `log.jsonl` (one line per 20 steps) and `plan.json`. Under torchrun every
-    process computes its share of the batch and rank 0 writes. Raises DepthsegError for what a user can mend.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if plan.stage not in STAGES:
-        raise DepthsegError(f"no stage is called '{plan.stage}'", f"Stages: {', '.join(STAGES)}.")
-    stage = STAGES[plan.stage]
-    if unknown := set(plan.losses) - set(stage.weights):
-        raise DepthsegError(f"stage {plan.stage} has no loss called {', '.join(sorted(unknown))}", f"It has {', '.join(stage.weights)}.")
-    stage = replace(
-        stage, weights={**stage.weights, **plan.losses}, boxes_share=stage.boxes_share if plan.boxes_share is None else plan.boxes_share
+
+class _Sitting:
+    """The steps from here to the end, or to where this sitting is stopped; what is written on the way."""
+
+    def __init__(self, plan: TrainPlan, learner: Learner, world: World, count: int, out: Path, validation: Validation | None, tell: Tell):
+        self.plan, self.learner, self.world, self.count, self.out = plan, learner, world, count, out
+        self.validation, self.tell = validation, tell
+        self.first = world.rank == 0
+        self.log = Log(out, learner.step) if self.first else None
+        self.saved = learner.step
+        self.began = time.monotonic() - learner.spent
+        self.opened = time.monotonic()
+
+    def __enter__(self) -> "_Sitting":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.log:
+            self.log.draw()
+            self.log.close()
+
+    def run(self, steps: Steps, stop: Callable[[], int]) -> int:
+        """The signal that stopped it, 0 when it came to its end or to --max-hours."""
+        learner, plan = self.learner, self.plan
+        pinned = learner.device.type == "cuda"
+        loader = DataLoader(steps, batch_size=None, sampler=range(learner.step, self.count), num_workers=plan.workers,
+                            prefetch_factor=4 if plan.workers else None, pin_memory=pinned)  # fmt: skip
+        window = _Window()
+        bad = 0
+        waiting = time.monotonic()
+        for step in loader:
+            window.wait += time.monotonic() - waiting
+            if (done := self._done()) >= 1:
+                break
+            self._usable(step)
+            asked = stop()
+            told = {"unreadable": len(step.unreadable), "stop": float(bool(asked)), "late": float(self._late())}
+            log_now = (learner.step + 1) % plan.log_every == 0
+            found = learner.learn(step.batches, done, told, norms=log_now)
+            learner.unreadable += int(found.pop("unreadable"))
+            stopped, late = found.pop("stop"), found.pop("late")
+            bad = bad + 1 if found["skipped"] else 0
+            if bad == NOT_FINITE:
+                self._give_up(step)
+            window.add(found, step, self.world.size)
+            if log_now:
+                self._tell_log(window, found, done)
+                window = _Window()
+            if validating := bool(self.validation) and (learner.step % plan.validate_every == 0 or learner.step == self.count):
+                self._validate()
+            if learner.step % plan.save_every == 0 or validating or stopped or late:
+                self.save()
+            if stopped or late:
+                if not asked:
+                    self.tell("note", {"stopped": f"at step {learner.step:,} of {self.count:,}; go on with --resume"})
+                return asked if stopped else 0
+            waiting = time.monotonic()
+        self.save()
+        return 0
+
+    def _done(self) -> float:
+        """The share of the schedule, by steps, or by the first process' clock."""
+        if self.plan.minutes is None:
+            return self.learner.step / self.count
+        return self.world.of_first((time.monotonic() - self.began) / 60 / max(self.plan.minutes, 1e-9), self.learner.device)
+
+    def _late(self) -> bool:
+        return self.first and self.plan.max_hours is not None and time.monotonic() - self.opened > 3600 * self.plan.max_hours
+
+    def _usable(self, step: Step) -> None:
+        """Note the samples that were passed over; end the run where there are too many, or nothing is left."""
+        if step.unreadable:
+            with (self.out / "unreadable.txt").open("a", encoding="utf-8", errors="replace") as file:
+                file.writelines(" ".join(reason.split()) + "\n" for reason in step.unreadable)
+        if self.learner.unreadable > self.plan.max_unreadable:
+            self.save()
+            raise DepthsegError(
+                f"{self.learner.unreadable} training samples could not be read",
+                f"{self.out / 'unreadable.txt'} names them; mend them, or raise --max-unreadable, and go on with --resume.",
+            )
+        if step.failure:
+            raise DepthsegError(step.failure, "`depthseg data check` names all samples that are broken.")
+
+    def _give_up(self, step: Step) -> None:
+        """Keep the batch, and the weights that it met, for `replay`."""
+        if self.first:
+            kept = {"plan": json.dumps(asdict(self.plan)), "network": self.learner.network.state_dict(), "batches": step.batches,
+                    "step": self.learner.step}  # fmt: skip
+            with atomic(self.out / BAD_BATCH) as part:
+                torch.save(kept, part)
+        raise DepthsegError(
+            f"the loss or its gradient was not finite in {NOT_FINITE} steps in a row, up to step {self.learner.step}",
+            f"{self.out / BAD_BATCH} holds the last batch and the weights. Lower --lr, or use --precision fp32, and go on with --resume.",
+        )
+
+    def _tell_log(self, window: "_Window", found: dict[str, float], done: float) -> None:
+        if not self.log:
+            return
+        line: dict[str, Any] = {"step": self.learner.step, "minutes": round((time.monotonic() - self.began) / 60, 2), **window.line()}
+        line |= {k: round(v, 5) for k, v in found.items() if k.startswith("norm_")} | {"lr": found["lr"]}
+        alpha = getattr(self.learner.network, "alpha", None)
+        if alpha is not None:
+            line["alpha"] = round(float(alpha.detach()), 6)
+        if self.learner.unreadable:
+            line["unreadable"] = self.learner.unreadable
+        self.log.write(line)
+        self.tell("log", {**line, "done": done})
+
+    def _validate(self) -> None:
+        """The first process measures; what it finds is kept with the weights."""
+        if not (self.first and self.validation and self.log):
+            return
+        scores = _validated(self.validation, self.learner, self.out)
+        self.log.write({"step": self.learner.step, **{f"val_{k}": v for k, v in scores.items()}})
+        self.tell("validation", {"step": self.learner.step, **scores})
+        if self.learner.best is None or scores["miou"] > self.learner.best:
+            self.learner.best = scores["miou"]
+            self._export("best.safetensors")
+
+    def save(self) -> None:
+        """The state, and the weights for use."""
+        learner = self.learner
+        learner.share_buffers()
+        learner.spent = time.monotonic() - self.began
+        if not self.first:
+            return
+        last = self.out / "last.pt"
+        with atomic(last) as part:
+            torch.save(learner.state(), part)
+            if self.plan.keep and last.exists() and self.saved < learner.step:
+                with atomic(self.out / f"step-{self.saved:08d}.pt") as earlier:
+                    earlier.unlink(missing_ok=True)
+                    os.link(last, earlier)  # costs nothing: the new file takes only the name away
+        self.saved = learner.step
+        if self.plan.keep:
+            for old in sorted(self.out.glob("step-*.pt"))[: -self.plan.keep]:
+                old.unlink()
+        self._export("weights.safetensors")
+        if self.log:
+            self.log.draw()
+
+    def _export(self, name: str) -> None:
+        plan, learner = self.plan, self.learner
+        about = {"stage": plan.stage, "step": str(learner.step), "model": plan.model}
+        checkpoint.save(learner.average.module, self.out / name, about)
+        scores = {k: v for line in (self.log.lines if self.log else []) for k, v in line.items() if k.startswith("val_")}
+        with text_file((self.out / name).with_suffix(".md")) as file:
+            file.write(card(plan, learner.step, scores))
+
+
+class _Window:
+    """What is measured between two lines of the log."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps, self.images, self.wait, self.read, self.own = 0, 0, 0.0, 0.0, 0
+        self.start = time.monotonic()
+
+    def add(self, found: dict[str, float], step: Step, processes: int) -> None:
+        self.steps += 1
+        own = sum(len(batch["rgb"]) for batch in step.batches)
+        self.own += own
+        self.images += own * processes
+        self.read += step.seconds
+        for name, value in found.items():
+            if name != "lr" and not name.startswith("norm_"):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def line(self) -> dict[str, float]:
+        """Means over the steps; images per second of all processes, the share of the time that was spent waiting for samples, and the
+        CPU's milliseconds to read one."""
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        means = {k: round(v / self.steps, 5) for k, v in self.sums.items()}
+        return {
+            **means,
+            "images_per_s": round(self.images / seconds, 2),
+            "wait": round(self.wait / seconds, 4),
+            "read_ms": round(1000 * self.read / max(1, self.own), 2),
+        }
+
+
+def card(plan: TrainPlan, step: int, scores: dict[str, float]) -> str:
+    """What the exported weights are, in Markdown."""
+    told = {k: v for k, v in asdict(plan).items() if v not in (None, {}, ()) and k != "output"}
+    rows = "\n".join(f"| {k} | {', '.join(map(str, v)) if isinstance(v, list | tuple) else v} |" for k, v in told.items())
+    found = "".join(f"| {k.removeprefix('val_')} | {v} |\n" for k, v in scores.items())
+    measured = f"\n## Validation\n\n| | |\n|---|---|\n{found}" if found else ""
+    return (
+        f"# {plan.model}, stage {plan.stage}, step {step:,}\n\n"
+        f"The moving average of the weights, kernels in fp16, by depthseg {__version__}. What may be done with them depends on the terms\n"
+        f"of the training pictures and of the weights that they started from: write them here.\n\n| option | value |\n|---|---|\n{rows}\n"
+        f"{measured}"
     )
-    device, dtype = _device(plan, int(os.environ.get("LOCAL_RANK", 0)))
-    batch = plan.batch or stage.batch
-    if batch % world:
-        raise DepthsegError(f"a batch of {batch} does not divide among {world} processes", "Choose --batch accordingly.")
-    out = Path(plan.output)
-    last, log = out / "last.pt", out / "log.jsonl"
-    if last.exists() and not resume:
-        raise DepthsegError(f"{out} already holds a training run", "Pass --resume to go on with it, or choose another --output.")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    torch.manual_seed(plan.seed)
-    network = _network(plan, stage).to(device).to(memory_format=torch.channels_last)
-    for name, p in network.named_parameters():
-        p.requires_grad_(name.startswith(stage.learns))
-    data, epoch = _data(plan, stage, network, batch // world, rank)
-    if plan.minutes is not None:
-        steps = 10**7
-    elif plan.steps is not None:
-        steps = plan.steps
-    else:
-        steps = max(1, round((stage.epochs if plan.epochs is None else plan.epochs) * epoch / batch))
-    data = replace(data, steps=steps)
 
-    loss_module = tasks.loss_of(network, stage.weights.get("mask", 0), stage.weights.get("dice", 0), "direct" in stage.weights).to(device)
-    forward: nn.Module = loss_module
-    if world > 1:
-        forward = nn.parallel.DistributedDataParallel(loss_module, find_unused_parameters=True)
-    lr = stage.lr if plan.lr is None else plan.lr
-    optimizer = torch.optim.AdamW(_groups(network, stage.decay), lr=lr, betas=stage.betas)
-    average = AveragedModel(network, multi_avg_fn=_ema(plan.ema), use_buffers=True)
-    step, spent = 0, 0.0
-    if resume and last.exists():
-        _same_run(plan, out)
-        state = torch.load(last, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-        step, spent = state["step"], state["spent"]
-    elif rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic(out / "plan.json") as part:
-            part.write_text(json.dumps({**asdict(plan), "version": __version__}, indent=1))
-
-    def save() -> None:
-        if rank == 0:
-            _save(last, {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                         "rng": torch.get_rng_state(), "step": step, "spent": spent + time.monotonic() - begun})  # fmt: skip
-            checkpoint.save(average.module, out / "weights.safetensors", {"stage": plan.stage, "step": str(step), "model": plan.model})
-
-    loader = DataLoader(data, batch_size=None, sampler=range(step, steps), num_workers=plan.workers,
-                        prefetch_factor=4 if plan.workers else None)  # fmt: skip
-    begun = mark = time.monotonic()
-    sums: dict[str, float] = {}
-    count = 0
-    forward.train()
-    if stage.learns != ("",):  # frozen parts keep their statistics
-        for module in network.children():
-            module.train(any(p.requires_grad for p in module.parameters()))
-    for b in loader:
-        done = (spent + time.monotonic() - begun) / 60 / max(plan.minutes, 1e-9) if plan.minutes is not None else step / steps
-        if world > 1 and plan.minutes is not None:  # one clock for all
-            clock = torch.tensor(done, dtype=torch.float64, device=device)
-            dist.broadcast(clock, 0)
-            done = float(clock)
-        if done >= 1:
-            break
-        warm = min(1.0, (step + 1) / 60)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * (0.01 + 0.99 * (0.5 + 0.5 * float(np.cos(np.pi * done))))
-        b = {k: v.to(device, non_blocking=True) for k, v in b.items()}
-        for k in ("rgb", "depth"):
-            if k in b:
-                b[k] = b[k].to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            parts = forward(b)
-        total = sum(w * parts[k] for k, w in stage.weights.items())
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], plan.clip)
-        if torch.isfinite(norm):  # one bad batch shall not end the run; it shows in the log as skipped
-            optimizer.step()
-            average.update_parameters(network)
-        else:
-            sums["skipped"] = sums.get("skipped", 0) + 1
-        step += 1
-        count += len(b["rgb"])
-        for k, v in parts.items():
-            sums[k] = sums.get(k, 0) + float(v.detach())
-        if step % 20 == 0 and rank == 0:
-            now = time.monotonic()
-            line = {"step": step, "minutes": round((spent + now - begun) / 60, 2), "lr": optimizer.param_groups[0]["lr"],
-                    "samples_per_s": round(world * count / (now - mark), 2), "norm": round(float(norm), 3),
-                    **{k: round(v / 20, 4) for k, v in sums.items()}}  # fmt: skip
-            if getattr(network, "alpha", None) is not None:
-                line["alpha"] = float(network.alpha.detach())  # type: ignore[union-attr,operator]
-            with log.open("a") as f:
-                f.write(json.dumps(line) + "\n")
-            if progress:
-                progress({**line, "done": done})
-            sums, count, mark = {}, 0, now
-        if step % plan.save_every == 0:
-            save()
-    save()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return out / "weights.safetensors"
+def replay(path: Path, device: str = "cpu") -> dict[str, float]:
+    """The losses of a kept batch (BAD_BATCH) with the weights that it met, as means: for finding out what was not finite."""
+    kept = torch.load(path, map_location=device, weights_only=True)
+    told = json.loads(kept["plan"])
+    plan = TrainPlan(**{**told, "data": tuple(told["data"]), "device": device, "compile": False})
+    learner = Learner(plan, stage_of(plan), World())
+    learner.network.load_state_dict(kept["network"])
+    learner.step = kept["step"] - 1
+    with suppress(FloatingPointError):
+        found = learner.learn(kept["batches"], 0.0)
+    return found

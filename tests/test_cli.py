@@ -385,9 +385,9 @@ def test_train_fills_a_train_plan(run, monkeypatch, tmp_path):
     train = pytest.importorskip("depthseg.train")
     asked = []
 
-    def fake(plan, resume, progress):
+    def fake(plan, resume, check, tell, stop):
         asked.append((plan, resume))
-        progress({"step": 20, "mask": 0.25})
+        tell("log", {"step": 20, "mask": 0.25, "done": 0.5})
         return Path("o/weights.safetensors")
 
     monkeypatch.setattr(train, "train", fake)

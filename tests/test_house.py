@@ -18,14 +18,15 @@ README = ROOT / "README.md"
 # A module may import modules of its own layer and of those above it in this list. `catalog.load` goes the other way, by dotted
 # names in the table of names; a test below resolves them all.
 LAYERS = {
-    "ground": "depthseg errors plan catalog",
+    "ground": "depthseg errors plan catalog stages",
     "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
-    "truth protocols predictions ap fates score published page report gallery compare album outlines export",
+    "packs truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
     "segment": "segment asking",
+    "training": "learner curves preflight validation",
     "verbs": "evaluate train bench",
-    "edge": "options terminal config doctor segment_cli weights_cli models_cli eval_cli convert_cli cli __main__",
+    "edge": "options terminal config doctor segment_cli data_cli train_cli weights_cli models_cli eval_cli convert_cli cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
@@ -34,11 +35,27 @@ FOREIGN = {  # third parties that each layer may use, beside the standard librar
     "tensors": {"torch", "torchvision", "timm", "safetensors"},
     "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
+    "training": {"tensorboard", "matplotlib"},
     "verbs": set(),
     "edge": {"typer", "rich"},
 }
 HEAVY = ("torch", "numpy", "PIL", "transformers")
-VERBS = ("segment", "detect", "eval", "compare", "report", "convert", "depth", "train", "bench", "models", "weights", "config", "doctor")
+VERBS = (
+    "segment",
+    "detect",
+    "eval",
+    "compare",
+    "report",
+    "convert",
+    "depth",
+    "train",
+    "bench",
+    "models",
+    "weights",
+    "data",
+    "config",
+    "doctor",
+)
 
 
 def files():

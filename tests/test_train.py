@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +16,16 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import masks, sa1b
-from depthseg.augment import view
+from depthseg.augment import TOKENS, view
 from depthseg.errors import DepthsegError
+from depthseg.learner import Learner
 from depthseg.models.checkpoint import save
 from depthseg.models.depthseg import build
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE
-from depthseg.train import TrainPlan, train
+from depthseg.stages import STAGES, TrainPlan
+from depthseg.tasks.batches import Order
+from depthseg.tasks.masks import MaskLoss, deepest_errors
+from depthseg.train import replay, train
 
 
 def _write(folder, number: int) -> None:
@@ -176,22 +183,17 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(root, tmp_path) -> None:
 
 
 def _interrupted(plan: TrainPlan) -> None:
-    """Train, but stop hard after the second step's checkpoint."""
-    import depthseg.train as module
+    """Train, but die hard after the second step's checkpoint."""
 
-    original, calls = module._save, []
+    class Dying(Learner):
+        def learn(self, *args, **kwargs):
+            if self.step == 2:
+                raise KeyboardInterrupt
+            return super().learn(*args, **kwargs)
 
-    def save(path, state) -> None:
-        original(path, state)
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    module._save = save
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("depthseg.train.Learner", Dying)
         train(plan)
-    finally:
-        module._save = original
 
 
 def test_refusals(root, tmp_path) -> None:
@@ -219,24 +221,259 @@ def test_refusals(root, tmp_path) -> None:
         train(_plan(root, tmp_path / "y"), resume=True)
 
 
-def test_two_processes_train_one_model(root, tmp_path) -> None:
-    """torchrun on the CPU: both ranks step together and rank 0 writes."""
-    code = (
-        "import sys, torch, os; torch.set_num_threads(1)\n"
-        "from depthseg.train import train, TrainPlan\n"
-        f"train(TrainPlan(stage='0', data=({str(root)!r},), output={str(tmp_path / 'out')!r}, model='nano', steps=2, batch=2,"
-        " masks=1, workers=0, device='cpu', save_every=1))\n"
-        "sys.stdout.flush(); os._exit(0)\n"  # gloo may abort at interpreter exit after all work is done
-    )
-    script = tmp_path / "go.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert (tmp_path / "out" / "weights.safetensors").exists(), done.stderr[-2000:]
-    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_proposer_trains_in_both_precisions(root, tmp_path, precision) -> None:
     plan = _plan(root, tmp_path / "boxes", stage="boxes", precision=precision)
     assert train(plan).is_file()
+
+
+def _weights(path):
+    from depthseg.models.checkpoint import read
+
+    return read(path)
+
+
+def _same(a, b, **tolerance) -> None:
+    for (k, x), y in zip(_weights(a).items(), _weights(b).values(), strict=True):
+        torch.testing.assert_close(x.float(), y.float(), **(tolerance or {"atol": 0, "rtol": 0}), msg=k)
+
+
+def _log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_micro_batches_change_nothing_but_rounding(root, tmp_path) -> None:
+    """Masks come in unequal numbers, so this holds only because the whole step's sum is divided once."""
+    whole = _plan(root, tmp_path / "a", batch=4, masks=3, batchnorm="frozen", log_every=1, lr=1e-3)
+    train(whole)
+    train(replace(whole, output=str(tmp_path / "b"), micro_batch=1))
+    for a, b in zip(_log(tmp_path / "a"), _log(tmp_path / "b"), strict=True):
+        for name in ("mask", "dice", "iou", "aux", "norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    _same(tmp_path / "a" / "weights.safetensors", tmp_path / "b" / "weights.safetensors", atol=2e-3, rtol=1e-2)
+
+
+def test_two_processes_compute_what_one_does(root, tmp_path) -> None:
+    """torchrun on the CPU: the same losses and gradients as one process with the same batch, and the first one writes."""
+    plan = _plan(root, tmp_path / "one", batch=4, masks=3, batchnorm="frozen", log_every=1, lr=1e-3)
+    train(plan)
+    code = (
+        "import sys, torch, os, json; torch.set_num_threads(1)\n"
+        "from depthseg.stages import TrainPlan; from depthseg.train import train\n"
+        "told = json.loads(sys.argv[1]); train(TrainPlan(**{**told, 'data': tuple(told['data'])}))\n"
+        "sys.stdout.flush(); os._exit(0)\n"  # gloo may abort at interpreter exit after all work is done
+    )
+    (tmp_path / "go.py").write_text(code)
+    told = json.dumps(asdict(replace(plan, output=str(tmp_path / "two"))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(tmp_path / "go.py"), told]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (tmp_path / "two" / "weights.safetensors").exists(), done.stderr[-2000:]
+    one, two = _log(tmp_path / "one"), _log(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for name in ("mask", "dice", "iou", "aux", "norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    _same(tmp_path / "one" / "weights.safetensors", tmp_path / "two" / "weights.safetensors", atol=2e-3, rtol=1e-2)
+
+
+def test_killed_at_any_step_a_run_ends_bit_for_bit_as_if_nothing_had_happened(root, tmp_path) -> None:
+    """The real command, killed by the system; with the clicks of interactive rounds and two workers' worth of randomness in it."""
+    words = ["train", "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "--masks", "2", "--boxes-share", "0.3",
+             "--steps", "6", "--save-every", "1", "--log-every", "1", "--workers", "1", "--device", "cpu", "--no-preflight"]  # fmt: skip
+    command = [sys.executable, "-m", "depthseg", *words]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True, timeout=240)
+    process = subprocess.Popen([*command, "-o", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (cut / "log.jsonl").exists() or len((cut / "log.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert torch.load(cut / "last.pt", weights_only=True)["step"] < 6
+    subprocess.run([*command, "-o", str(cut), "--resume"], check=True, capture_output=True, timeout=240)
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, cut))
+    for name in ("network", "average"):
+        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
+    for k, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][k][name]) for name, v in state.items())
+    _same(whole / "weights.safetensors", cut / "weights.safetensors")
+    losses = [[(line["step"], line["mask"], line["iou"]) for line in _log(folder)] for folder in (whole, cut)]
+    assert losses[0] == losses[1], "no step is logged twice or lost"
+
+
+def test_a_signal_saves_first(root, tmp_path) -> None:
+    asked = iter([0, 0, 15])
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(_plan(root, tmp_path / "o", steps=50, save_every=1000), stop=lambda: next(asked))
+    assert stop.value.args == (15,)
+    assert torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_max_hours_ends_a_sitting_not_the_schedule(root, tmp_path) -> None:
+    notes = []
+    plan = _plan(root, tmp_path / "a", steps=3, max_hours=0.0, save_every=1000)
+    train(plan, tell=lambda kind, values: notes.append(values) if kind == "note" else None)
+    assert notes == [{"stopped": "at step 1 of 3; go on with --resume"}]
+    train(replace(plan, max_hours=None), resume=True)
+    train(_plan(root, tmp_path / "b", steps=3, save_every=1000))
+    _same(tmp_path / "a" / "weights.safetensors", tmp_path / "b" / "weights.safetensors")
+
+
+def test_checkpoints_are_kept_to_a_limit_and_a_damaged_one_is_named(root, tmp_path) -> None:
+    plan = _plan(root, tmp_path / "o", steps=4, keep=2)
+    train(plan)
+    assert sorted(f.name for f in (tmp_path / "o").glob("step-*.pt")) == ["step-00000002.pt", "step-00000003.pt"]
+    (tmp_path / "o" / "last.pt").write_bytes(b"PK half")
+    with pytest.raises(DepthsegError, match="cannot be read") as refused:
+        train(plan, resume=True)
+    assert "step-00000003.pt" in refused.value.hint
+    (tmp_path / "o" / "step-00000003.pt").replace(tmp_path / "o" / "last.pt")
+    train(plan, resume=True)
+    train(_plan(root, tmp_path / "p", steps=4))
+    _same(tmp_path / "o" / "weights.safetensors", tmp_path / "p" / "weights.safetensors")
+
+
+def test_what_is_not_finite_is_skipped_then_kept_for_replay(root, tmp_path) -> None:
+    lines = []
+    plan = _plan(root, tmp_path / "o", steps=20, log_every=1, losses={"mask": float("inf")}, save_every=1)
+    with pytest.raises(DepthsegError, match="5 steps in a row"):
+        train(plan, tell=lambda kind, values: lines.append(values))
+    assert [line["skipped"] for line in lines] == [1.0] * 4
+    before = torch.load(tmp_path / "o" / "bad-batch.pt", weights_only=True)
+    assert before["step"] == 5 and len(before["batches"]) == 1
+    assert all(torch.isfinite(v).all() for v in before["network"].values()), "no step was taken"
+    found = replay(tmp_path / "o" / "bad-batch.pt")
+    assert found["skipped"] == 1 and np.isfinite(found["dice"])
+
+
+def test_preflight_leaves_no_trace_and_says_what_learns(root, tmp_path) -> None:
+    told = {}
+    train(_plan(root, tmp_path / "a"), check=True, tell=lambda kind, values: told.update(values) if kind == "preflight" else None)
+    train(_plan(root, tmp_path / "b"))
+    _same(tmp_path / "a" / "weights.safetensors", tmp_path / "b" / "weights.safetensors")
+    assert "image_encoder 2,686,192 of 2,686,192" in told["learns"] and told["data"].startswith("4 samples")
+    assert "saved, loaded and compared" in told["checkpoint"] and "MiB at most" in told["step"]
+    assert not list((tmp_path / "a").glob("preflight*"))
+
+
+def test_preflight_refuses_what_would_end_a_run_later(root, tmp_path, monkeypatch) -> None:
+    (tmp_path / "bad").mkdir()
+    for i in range(3):
+        PILImage.new("RGB", (64, 64)).save(tmp_path / "bad" / f"sa_{i}.jpg")
+        (tmp_path / "bad" / f"sa_{i}.json").write_text('{"annotations": [{"bbox": [0, 0, 4, 4]}]}')
+    with pytest.raises(DepthsegError, match="3 of 3 training samples cannot be read"):
+        train(_plan(tmp_path / "bad", tmp_path / "o"), check=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(DepthsegError, match="this run keeps"):
+        train(_plan(root, tmp_path / "p"), check=True)
+    assert not list((tmp_path / "p").glob("preflight*"))
+
+
+def test_broken_samples_are_named_and_have_a_limit(root, tmp_path) -> None:
+    some = tmp_path / "some"
+    for i in range(6):
+        _write(some, i)
+    for i in range(3):
+        (some / f"sa_{i}.jpg").write_bytes(b"no picture")
+    train(_plan(some, tmp_path / "a", steps=4))
+    names = (tmp_path / "a" / "unreadable.txt").read_text()
+    assert "sa_0.jpg" in names or "sa_1.jpg" in names or "sa_2.jpg" in names
+    plan = _plan(some, tmp_path / "b", steps=40, max_unreadable=1, save_every=1000)
+    with pytest.raises(DepthsegError, match="could not be read") as refused:
+        train(plan)
+    assert "--max-unreadable" in refused.value.hint
+    assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] < 40, "what was learned is kept"
+    for i in range(6):
+        (some / f"sa_{i}.jpg").write_bytes(b"no picture")
+    with pytest.raises(DepthsegError, match="in a row cannot be read"):
+        train(_plan(some, tmp_path / "c"))
+
+
+def test_an_epoch_shows_each_sample_once() -> None:
+    order = Order(5, seed=3)
+    rng = np.random.default_rng(0)
+    first, second = ([order.at(n, rng) for n in range(k, k + 5)] for k in (0, 5))
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4] and first != second
+    assert [Order(5, seed=3).at(n, rng) for n in range(5)] == first
+    drawn = Order(3, 0, np.array([0.0, 1.0, 3.0]))
+    counts = np.bincount([drawn.at(n, rng) for n in range(4000)], minlength=3)
+    assert counts[0] == 0 and 2.6 < counts[2] / counts[1] < 3.4
+
+
+def test_the_next_click_goes_where_the_answer_is_most_wrong() -> None:
+    target = torch.zeros(3, 20, 20)
+    target[0, 2:9, 2:9] = 1
+    target[1, 2:12, 2:12] = 1
+    target[2, 5:8, 5:8] = 1
+    logits = torch.where(target > 0, 1.0, -1.0)
+    logits[0] = -1  # all missed
+    logits[1, 13:19, 13:19] = 1  # more than there is
+    xy, sign = deepest_errors(logits, target, torch.tensor([0.1, 0.4, 0.8]))
+    assert sign.tolist() == [POSITIVE, NEGATIVE, POSITIVE]
+    assert (xy[0] * 20).tolist() == [5.5, 5.5]
+    assert all(15 <= v <= 17 for v in (xy[1] * 20).tolist())
+    assert all(5 <= v <= 8 for v in (xy[2] * 20).tolist()), "a perfect answer is clicked inside once more"
+
+
+def test_interactive_rounds_add_clicks_to_clicks_only(root) -> None:
+    network = build("nano", depth=False)
+    loss = MaskLoss(network, 1, 1, direct=False)
+    boxes, clicks = np.full((1, TOKENS), ABSENT), np.full((1, TOKENS), ABSENT)
+    boxes[0, :2], clicks[0, :2] = (CORNER_MIN, CORNER_MAX), (POSITIVE, PADDING)
+    full = np.full((1, TOKENS), POSITIVE)
+    full[0, -1] = PADDING
+    target = torch.zeros(3, 80, 80)
+    target[:, 20:50, 30:60] = 1
+    batch = {
+        "rgb": torch.zeros(1, 3, 160, 160),
+        "owner": torch.zeros(3, dtype=torch.long),
+        "rounds": torch.tensor(2),
+        "target": target,
+        "dither": torch.tensor([0.1, 0.4, 0.8]),
+        "points": torch.full((3, TOKENS, 2), 400.0),
+        "labels": torch.from_numpy(np.concatenate([boxes, clicks, full])),
+    }
+    points, labels = loss._interactive(network.encode(batch["rgb"]), batch)
+    assert labels[0].tolist() == boxes[0].tolist() and labels[2].tolist() == full[0].tolist()
+    assert labels[1, 3] == PADDING and all(v in (POSITIVE, NEGATIVE) for v in labels[1, 1:3].tolist())
+    assert (points[1, 1:3] >= 0).all() and not torch.equal(points[1, 1], batch["points"][1, 1])
+    batch["rounds"] = torch.tensor(0)
+    assert torch.equal(loss._interactive(network.encode(batch["rgb"]), batch)[1], batch["labels"])
+
+
+def test_every_stage_names_a_task_and_frozen_statistics_stay(root, tmp_path) -> None:
+    start = tmp_path / "start.safetensors"
+    save(build("nano", depth=False), start, {}, half=False)
+    train(_plan(root, tmp_path / "tuned", stage="tune", init=str(start), lr=1e-2))
+    moved = torch.load(tmp_path / "tuned" / "last.pt", weights_only=True)["network"]
+    before = _weights(start)
+    assert all(torch.equal(moved[k], before[k]) for k in before if "running" in k or "num_batches" in k)
+    assert not torch.equal(moved["image_encoder.norm.weight"], before["image_encoder.norm.weight"])
+    assert {stage.task for stage in STAGES.values()} == {"masks", "depth", "boxes", "embeddings"}
+
+
+def test_overfitting_on_purpose_shows_that_the_network_learns(root, tmp_path) -> None:
+    train(_plan(root, tmp_path / "o", steps=24, overfit=2, log_every=1, lr=3e-3, boxes_share=1.0, save_every=1000))
+    found = [line["mask"] for line in _log(tmp_path / "o")]
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_the_student_learns_the_teachers_embeddings(root, tmp_path, monkeypatch) -> None:
+    """With a teacher of random weights: what is tested is that the error falls and only the encoder moves."""
+    from depthseg.tasks import choose
+
+    class Teacher(torch.nn.Module):
+        def encode(self, x):
+            assert x.shape[-1] == 1024
+            small = torch.nn.functional.interpolate(x, (64, 64), mode="bilinear")
+            return (small.repeat(1, 22, 1, 1)[:, :64],)
+
+    monkeypatch.setattr(choose, "_teacher", lambda plan: Teacher())
+    train(_plan(root, tmp_path / "o", stage="distil", steps=12, log_every=1, lr=2e-2, batch=1, overfit=1))
+    found = [line["embedding"] for line in _log(tmp_path / "o")]
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_masks_train_in_half_precision(root, tmp_path, precision) -> None:
+    train(_plan(root, tmp_path / "o", precision=precision, log_every=1))
+    assert all(np.isfinite(line["mask"]) for line in _log(tmp_path / "o"))
