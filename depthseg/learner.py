@@ -124,7 +124,7 @@ class Learner:
         count = torch.zeros((), device=self.device)
         for batch in batches:
             terms, n = self._forward(batch)
-            total = sum((w * terms[k] for k, w in self.stage.weights.items()), torch.zeros((), device=self.device))
+            total = sum((w * terms[k] for k, w in self.stage.weights.items() if w), torch.zeros((), device=self.device))
             self.scaler.scale(total).backward()
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0) + v.detach().float()

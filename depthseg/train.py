@@ -231,6 +231,7 @@ class _Sitting:
             return
         scores = _validated(self.validation, self.learner, self.out)
         self.log.write({"step": self.learner.step, **{f"val_{k}": v for k, v in scores.items()}})
+        self.log.draw()
         self.tell("validation", {"step": self.learner.step, **scores})
         if self.learner.best is None or scores["miou"] > self.learner.best:
             self.learner.best = scores["miou"]
@@ -255,8 +256,6 @@ class _Sitting:
             for old in sorted(self.out.glob("step-*.pt"))[: -self.plan.keep]:
                 old.unlink()
         self._export("weights.safetensors")
-        if self.log:
-            self.log.draw()
 
     def _export(self, name: str) -> None:
         plan, learner = self.plan, self.learner

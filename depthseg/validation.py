@@ -84,8 +84,8 @@ class Validation:
 
 def _masks(results: Sequence[dict]) -> Masks:
     rle = [r["segmentation"] for r in results]
-    predicted, stability, scores = (np.array([r[k] for r in results], np.float32) for k in ("predicted_iou", "stability_score", "score"))
-    return Masks(rle, masks.boxes(rle), masks.area(rle), predicted, stability, scores, np.zeros(len(rle), np.int64))
+    predicted, stability = (np.array([r[k] for r in results], np.float32) for k in ("predicted_iou", "stability_score"))
+    return Masks(rle, masks.boxes(rle), masks.area(rle), predicted, stability, predicted, np.zeros(len(rle), np.int64))
 
 
 def _beside(file: Path) -> Path:

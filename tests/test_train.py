@@ -477,3 +477,61 @@ def test_the_student_learns_the_teachers_embeddings(root, tmp_path, monkeypatch)
 def test_masks_train_in_half_precision(root, tmp_path, precision) -> None:
     train(_plan(root, tmp_path / "o", precision=precision, log_every=1))
     assert all(np.isfinite(line["mask"]) for line in _log(tmp_path / "o"))
+
+
+def _coco(root, folder):
+    """The samples as COCO annotations."""
+    images, rows = [], []
+    for number, entry in enumerate(sa1b.index([root]), 1):
+        sample = sa1b.load(entry)
+        h, w = sample.pixels.shape[:2]
+        images.append({"id": number, "file_name": entry.key, "width": w, "height": h})
+        for rle, box, area in zip(sample.rles, masks.boxes(sample.rles), masks.area(sample.rles)):
+            x0, y0, x1, y1 = box.tolist()
+            rows.append({"id": len(rows) + 1, "image_id": number, "category_id": 1, "iscrowd": 0, "area": float(area),
+                         "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": rle})  # fmt: skip
+    file = folder / "val.json"
+    file.write_text(json.dumps({"images": images, "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}))
+    return file
+
+
+def test_validation_is_the_evaluation_in_small(root, tmp_path) -> None:
+    """The scores in the log are those of `depthseg eval` for the exported weights, and the best ones are kept."""
+    file = _coco(root, tmp_path)
+    plan = _plan(root, tmp_path / "o", steps=4, validate=str(file), validate_images=str(root), validate_every=2, log_every=2)
+    seen = []
+    train(plan, tell=lambda kind, values: seen.append(values) if kind == "validation" else None)
+    lines = [line for line in _log(tmp_path / "o") if "val_miou" in line]
+    assert [line["step"] for line in lines] == [2, 4] == [values["step"] for values in seen]
+    assert {"val_miou", "val_miou_1", "val_miou_3", "val_miou_5", "val_iou_correlation"} <= set(lines[-1])
+    assert (tmp_path / "o/best.safetensors").exists() and "| miou |" in (tmp_path / "o/weights.md").read_text()
+    with PILImage.open(tmp_path / "o/validation/step-00000004.png") as sheet:
+        assert sheet.width == 4 * 480
+    told = ["eval", "--images", str(root), "--annotations", str(file), "--model", "nano",
+            "--weights", str(tmp_path / "o/weights.safetensors"), "-o", str(tmp_path / "e")]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "depthseg", *told], check=True, capture_output=True, timeout=240)
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert lines[-1]["val_miou"] == pytest.approx(report["metrics"]["miou"], abs=0.6), "fp16 kernels are all that differs"
+
+
+def test_the_log_has_curves_and_tensorboard(root, tmp_path) -> None:
+    pytest.importorskip("tensorboard")
+    train(_plan(root, tmp_path / "o", steps=4, log_every=2))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "o" / "tensorboard"))
+    board.Reload()
+    assert [e.step for e in board.Scalars("mask")] == [2, 4]
+    assert [round(e.value, 5) for e in board.Scalars("mask")] == [line["mask"] for line in _log(tmp_path / "o")]
+    with PILImage.open(tmp_path / "o" / "curves.png") as curves:
+        assert curves.width > 800
+
+
+def test_a_fast_dev_run_does_three_steps_of_everything(root, tmp_path) -> None:
+    command = [sys.executable, "-m", "depthseg", "train", "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2",
+               "-o", str(tmp_path / "o"), "--fast-dev-run", "--workers", "0"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "o" / "fast-dev-run" / "weights.safetensors")
+    assert "preflight: learns" in done.stderr and "step 3 " in done.stderr
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["fast-dev-run"]

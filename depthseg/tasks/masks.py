@@ -113,7 +113,7 @@ class MaskLoss(nn.Module):
             cost = self.mask * mask + self.dice * dice
             truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None])
         rows = torch.arange(p, device=labels.device)
-        out: Batch = {k: logits.new_zeros(()) for k in ("mask", "dice", "iou", "direct", "aux", "true_iou")}
+        out: Batch = {}
         for group in groups:
             best = cost.masked_fill(~group, float("inf")).argmin(1)
             error = (quality - truth).square() * group
@@ -128,7 +128,7 @@ class MaskLoss(nn.Module):
                 m, d = cells(early[rows, best][:, None])
                 terms["direct"] = (self.mask * m + self.dice * d)[:, 0]
             for name, values in terms.items():
-                out[name] = out[name] + values.sum() / len(groups)
+                out[name] = out.get(name, 0) + values.sum() / len(groups)
         return out, torch.tensor(float(p), device=labels.device)
 
     @torch.no_grad()
