@@ -35,6 +35,7 @@ from depthseg.schema import (
     PROMPT_SIDE,
     Array,
     Boxes,
+    Crop,
     Depth,
     Frame,
     Image,
@@ -84,14 +85,10 @@ class View:
             depth = np.asarray(whole.resize((x1 - x0, y1 - y0), PILImage.Resampling.BILINEAR, box=piece))
         return View(self.pixels[y0:y1, x0:x1], depth, self.canvas, (x0, y0))
 
-    def paste(self, mask: Array) -> Array:
-        """A bool mask of this view in its place on the whole picture."""
-        if mask.shape == self.canvas:
-            return mask
-        out = np.zeros(self.canvas, bool)
-        (x, y), (h, w) = self.corner, mask.shape
-        out[y : y + h, x : x + w] = mask
-        return out
+    def paste(self, crop: Crop) -> Crop:
+        """A mask of this view as one of the whole picture."""
+        (x, y), (left, top) = crop.corner, self.corner
+        return Crop(crop.pixels, (left + x, top + y), self.canvas)
 
 
 class Encoded(NamedTuple):
@@ -322,12 +319,12 @@ class Segmenter:
                         stability = float(masks.stability(logits[None, :h, :w])[0])
                         if strict and (iou < least_iou or stability < least_stability):
                             continue
-                        mask = frame.mask(logits)
+                        mask = frame.crop(logits)
                         if self.network.specks:
-                            mask = masks.clean(mask, int(self.network.specks * np.count_nonzero(mask)), edges=False)
+                            mask = masks.clean_crop(mask, int(self.network.specks * np.count_nonzero(mask.pixels)), edges=False)
                         mask = view.paste(mask)
-                        mask = masks.clean(mask, plan.min_region) if strict else mask
-                        answers[v].append(Answer(i, masks.encode(mask), iou, stability))
+                        mask = masks.clean_crop(mask, plan.min_region) if strict else mask
+                        answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
     def _best(self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool) -> tuple[Array, Array]:

@@ -54,7 +54,7 @@ def _check(variant: str, state: dict, truth, low: int, full: int, embedding: tup
                 if f"{name}_full_area" in truth:
                     large = np.stack([frame.logits(g) for g in got])
                     np.testing.assert_allclose(large[:, ::full, ::full], truth[f"{name}_full_strided{full}"], atol=2e-5)
-                    areas = [int(frame.mask(g).sum()) for g in got]
+                    areas = [int(frame.crop(g).whole().sum()) for g in got]
                     np.testing.assert_allclose(areas, truth[f"{name}_full_area"], atol=1)  # one pixel within rounding of 0
 
 
