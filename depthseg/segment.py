@@ -340,10 +340,10 @@ class Segmenter:
         owner = np.array([v for v, _ in chunk], np.int64)
         low_resolution = self._tensor(np.stack(earlier)) if earlier else None
         logits, iou = self.network.decode(
-            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask
+            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask, not self.by_box
         )
         rank = _fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
-        best = rank.argmax(1)  # before anything is enlarged
+        best = rank.argmax(1)  # before anything is enlarged; unless by box, the network has left the others out
         every = torch.arange(len(best), device=best.device)
         return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
 

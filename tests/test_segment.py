@@ -32,7 +32,7 @@ class Bright(nn.Module):
         self.calls.append(("encode", rgb.shape[-1], len(rgb)))
         return (10 * nn.functional.avg_pool2d(rgb.mean(1, keepdim=True), 2),)
 
-    def decode(self, features, owner, points, labels, masks=None, multimask=True):
+    def decode(self, features, owner, points, labels, masks=None, multimask=True, best=False):
         self.calls.append(("decode", len(owner), 3 if multimask else 1))
         logits = features[0][owner]  # (P, 1, s, s)
         at = (torch.arange(logits.shape[-1]) + 0.5) * 1024 / logits.shape[-1]
