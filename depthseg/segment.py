@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from depthseg import __version__, catalog, masks, weights
+from depthseg import __version__, backends, catalog, masks, weights
 from depthseg.data import Failure, Unreadable, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
@@ -104,7 +104,7 @@ class Segmenter:
 
     pull: fetch missing weights first; otherwise no network is used. progress: told (bytes done, bytes in all) of a download.
     images_json: COCO images file for `plan.boxes` by image_id.
-    network, source, depth: ready-made stages in place of those that the plan names.
+    network, source, depth: ready-made stages in place of those that the plan names, used as they are.
     """
 
     def __init__(
@@ -124,9 +124,13 @@ class Segmenter:
         if self.device.type == "cpu":
             keep_memory()
         self.precision = precision_of(plan.precision, self.device)
+        backends.check(plan.backend, self.device)
+        if told := backends.note(plan.backend, self.precision, self.device):
+            self.notes.append(told)
         self.provenance: dict[str, Any] = {
             "device": str(self.device),
             "precision": self.precision,
+            "backend": plan.backend,
             "versions": {"depthseg": __version__, **{p: version(p) for p in ("torch", "timm", "transformers")}},
         }
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU
@@ -153,6 +157,8 @@ class Segmenter:
         entry = catalog.row(catalog.MODELS, name, "model")
         path = Path(self.plan.weights) if self.plan.weights else weights.locate(entry, name, self._pull, self._progress)
         network = catalog.load(name, path)
+        for encoder in ("image_encoder", "depth_encoder")[: 1 if network.alpha is None or self.plan.depth == "none" else 2]:
+            setattr(network, encoder, backends.ready(getattr(network, encoder), self.plan.backend, self.precision, self.device))
         self._chosen("model", name, None if self.plan.weights else entry, path)
         return network
 
@@ -189,7 +195,7 @@ class Segmenter:
             self.notes.append(f"depth: maps from {choice}")
             self._chosen("depth", Path(choice).name)
             return DepthFolder(choice)
-        chosen = depth_estimator(choice, self.device, self.precision, self._pull)
+        chosen = depth_estimator(choice, self.device, self.precision, self._pull, self.plan.backend)
         self.notes += [chosen.note] if choice == "auto" else []
         self._chosen("depth", chosen.name, catalog.DEPTHS[chosen.name], chosen.file)
         return chosen.estimator

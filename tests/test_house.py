@@ -21,7 +21,7 @@ LAYERS = {
     "ground": "depthseg errors plan catalog",
     "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
     "truth protocols predictions ap fates score published page report gallery compare album outlines export",
-    "tensors": "models losses numerics",
+    "tensors": "models losses numerics backends",
     "stages": "detect depth tasks weights pretrained",
     "segment": "segment asking",
     "verbs": "evaluate train bench",
@@ -31,7 +31,7 @@ LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy", "lvis"},
-    "tensors": {"torch", "torchvision", "timm", "safetensors"},
+    "tensors": {"torch", "torchvision", "timm", "safetensors", "openvino"},
     "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
     "verbs": set(),
