@@ -61,7 +61,7 @@ def ready(network: nn.Module, backend: str = "torch", precision: str = "fp32", d
     `numerics.inference` with the same one. Raises DepthsegError where the backend cannot run.
     """
     check(backend, torch.device(device))
-    network = folded(network.requires_grad_(False)).to(device=device, memory_format=torch.channels_last)
+    network = folded(network.requires_grad_(False)).to(device).to(memory_format=torch.channels_last)
     if backend == "openvino":
         return OpenVino(network, precision)
     for module in network.modules():

@@ -102,7 +102,8 @@ class DepthAnything:
 
         self.device, self.precision, self.batch = torch.device(device), precision, batch
         self._metric = network.config.depth_estimation_type == "metric"
-        self._network = backends.ready(Map().eval(), backend, precision, self.device)
+        # OpenVINO would keep the size of the first picture, as transformers' code fixes it while it is traced: torch runs it then
+        self._network = backends.ready(Map().eval(), "torch" if backend == "openvino" else backend, precision, self.device)
 
     def __call__(self, images: list[Image]) -> list[Array]:
         return alike(images, lambda image: self._size(*image.size), self._of_one_size)

@@ -155,13 +155,11 @@ def test_input_sizes(anything, size, expected):
     assert DepthAnything._size(DepthAnything, *size) == expected
 
 
-@pytest.mark.slow
-def test_openvino_estimates_the_same_at_any_size(anything, small):
+def test_openvino_leaves_pictures_of_any_size_to_torch(anything, small):
     pytest.importorskip("openvino")
-    plain, compiled = (DepthAnything(anything / "relative", "cpu", "fp32", backend) for backend in ("torch", "openvino"))
-    for h, w in ((56, 84), (84, 56), (56, 56), (40, 110)):
-        (a,), (b,) = plain([image(h=h, w=w)]), compiled([image(h=h, w=w)])
-        assert a.shape == b.shape and np.abs(a - b).max() < 1e-3
+    plain, other = (DepthAnything(anything / "relative", "cpu", "fp32", backend) for backend in ("torch", "openvino"))
+    for h, w in ((56, 84), (84, 56)):
+        assert np.array_equal(plain([image(h=h, w=w)])[0], other([image(h=h, w=w)])[0])
 
 
 def test_a_metric_variant_is_inverted(anything, small):

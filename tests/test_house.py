@@ -23,7 +23,7 @@ LAYERS = {
     "truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "models losses numerics backends",
     "stages": "detect depth tasks weights pretrained",
-    "segment": "segment asking",
+    "segment": "segment asking exactness",
     "verbs": "evaluate train bench",
     "edge": "options terminal config doctor segment_cli weights_cli models_cli eval_cli convert_cli cli __main__",
 }

@@ -231,27 +231,22 @@ class TwoWayBlock(nn.Module):
         self.mlp = TokenMLP(dim, hidden)
         self.cross_attn_image_to_token = Attention(dim, heads, 2)
 
-    def tokens_alone(self, t: Tensor, code: Tensor, seen: Tensor | None) -> Tensor:
-        if self.first:
-            return self.norm1(self.self_attn(t, t, t, seen))
-        return self.norm1(t + self.self_attn(t + code, t + code, t, seen))
-
-    def forward(self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        t = self.tokens_alone(t, code, seen)
-        placed = image + image_code
-        t = self.norm2(t + self.cross_attn_token_to_image(t + code, placed, image))
-        t = self.norm3(t + self.mlp(t))
-        return t, self.norm4(image + self.cross_attn_image_to_token(placed, t + code, t, seen))
-
-    def folded(
-        self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None, counts: list[int] | None
+    def forward(
+        self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None, fold: bool, counts: list[int] | None
     ) -> tuple[Tensor, Tensor]:
-        """The same in less work, or, with counts, from image (G, N, dim)."""
-        t = self.tokens_alone(t, code, seen)
+        """Tokens (P, T, dim) and cells (P, N, dim). fold: in less work; then, with counts, from image (G, N, dim)."""
+        if self.first:
+            t = self.self_attn(t, t, t, seen)
+        else:
+            t = t + self.self_attn(t + code, t + code, t, seen)
+        t = self.norm1(t)
+        there, back = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         placed = image + image_code
-        t = self.norm2(t + self.cross_attn_token_to_image.from_image(t + code, image, placed, counts))
+        t = self.norm2(t + (there.from_image(t + code, image, placed, counts) if fold else there(t + code, placed, image)))
         t = self.norm3(t + self.mlp(t))
-        return t, self.norm4(self.cross_attn_image_to_token.to_image(image, placed, t + code, t, seen, counts))
+        if fold:
+            return t, self.norm4(back.to_image(image, placed, t + code, t, seen, counts))
+        return t, self.norm4(image + back(placed, t + code, t, seen))
 
 
 SHARED = 3  # prompts of an image from which on projecting its cells once is less work than folding their weights into each prompt
@@ -277,10 +272,7 @@ class TwoWayTransformer(nn.Module):
         if not shared and len(image) < len(tokens):
             image = spread(image, counts)
         for layer in self.layers:
-            if fold:
-                t, image = layer.folded(t, image, tokens, image_code, seen, shared)
-            else:
-                t, image = layer(t, image, tokens, image_code, seen)
+            t, image = layer(t, image, tokens, image_code, seen, fold, shared)
             shared = None  # from here on each prompt has cells of its own
             out.append((t, image))
         placed = image + image_code
