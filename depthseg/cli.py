@@ -70,6 +70,7 @@ def depth_maps(
     depth: opt.DepthName = Plan.depth,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     pull: opt.Pull = False,
     debug: opt.Debug = False,
@@ -78,7 +79,7 @@ def depth_maps(
 
     [bold]depthseg depth sa1b/ -o maps[/bold]   then   [bold]depthseg train --depth-maps maps[/bold] or [bold]segment --depth maps[/bold]
     """
-    plan = Plan(depth=depth, device=device, precision=precision, batch=batch)
+    plan = Plan(depth=depth, device=device, precision=precision, backend=backend, batch=batch)
     opt.check_names(plan)
     with contextlib.redirect_stdout(sys.stderr), interruptible(f"stopped; the maps in {output} are whole"):
         from depthseg import data, sink
@@ -88,7 +89,7 @@ def depth_maps(
         take(output)
         from depthseg.depth import write_maps
 
-        chosen = opt.estimator(depth, device, precision, pull)
+        chosen = opt.estimator(depth, device, precision, pull, backend)
         with progress("maps") as show:
             failed = write_maps(images, chosen.estimator, chosen.name, output, batch, show)
         for failure in failed[:FAILURES_SHOWN]:

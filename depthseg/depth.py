@@ -81,16 +81,29 @@ class DepthAnything:
     MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB in 0..1
     STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-    def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", batch: int = 4):
+    def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", backend: str = "torch", batch: int = 4):
         folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else weights.hub_folder(str(repo_or_folder))
         if folder is None or not all((folder / name).is_file() for name in weights.HUB_NEEDED):
             raise catalog.missing(f"the weights of {repo_or_folder} are not on this machine", "depth")
         network = load("DepthAnythingForDepthEstimation", folder, ("depth_anything",), "depth")
         import torch
 
+        from depthseg import backends
+
+        class Map(torch.nn.Module):
+            """The network without all but its map (B, h', w')."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = network
+
+            def forward(self, x: Any) -> Any:
+                return self.network(x).predicted_depth
+
         self.device, self.precision, self.batch = torch.device(device), precision, batch
-        self._network = network.to(self.device)
         self._metric = network.config.depth_estimation_type == "metric"
+        # OpenVINO would keep the size of the first picture, as transformers' code fixes it while it is traced: torch runs it then
+        self._network = backends.ready(Map().eval(), "torch" if backend == "openvino" else backend, precision, self.device)
 
     def __call__(self, images: list[Image]) -> list[Array]:
         return alike(images, lambda image: self._size(*image.size), self._of_one_size)
@@ -104,7 +117,7 @@ class DepthAnything:
         for start in range(0, len(images), self.batch):
             x = torch.from_numpy(np.stack([self._input(image, size) for image in images[start : start + self.batch]])).to(self.device)
             with inference(self.device, self.precision):
-                depth = self._network(x).predicted_depth.float().cpu().numpy()  # (B, h', w'), larger is nearer
+                depth = self._network(x).float().cpu().numpy()  # (B, h', w'), larger is nearer
             out += [normalise(_inverse(d), d > 0) if self._metric else normalise(d) for d in depth]
         return out
 
@@ -130,15 +143,16 @@ def _inverse(depth: Array) -> Array:
 class NanoDepth:
     """Our own estimator of models/depthnet.py, which comes with the package."""
 
-    def __init__(self, path: str | Path, device: Any = "cpu", precision: str = "fp32"):
+    def __init__(self, path: str | Path, device: Any = "cpu", precision: str = "fp32", backend: str = "torch"):
         if not Path(path).is_file():
             raise catalog.missing(f"the weights of the nano depth estimator are not at {path}", "depth")
         import torch
 
+        from depthseg import backends
         from depthseg.models.depthnet import DepthNet
 
-        self.device, self.precision = torch.device(device), precision
-        self._network = DepthNet.load(Path(path)).to(self.device)
+        self.device, self.precision, self._side = torch.device(device), precision, DepthNet.side
+        self._network = backends.ready(DepthNet.load(Path(path)), backend, precision, self.device)
 
     def __call__(self, images: list[Image]) -> list[Array]:
         import torch
@@ -147,7 +161,7 @@ class NanoDepth:
 
         if not images:
             return []
-        frames = [Frame(image.size, self._network.side) for image in images]
+        frames = [Frame(image.size, self._side) for image in images]
         x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
         with inference(self.device, self.precision):
             inverse = self._network(x).float().cpu().numpy()  # (B, side / 2, side / 2), scale and shift without meaning
@@ -350,7 +364,7 @@ class ChosenDepth(NamedTuple):
     note: str  # for the user
 
 
-def depth_estimator(choice: str, device: Any, precision: str, pull: bool) -> ChosenDepth:
+def depth_estimator(choice: str, device: Any, precision: str, pull: bool, backend: str = "torch") -> ChosenDepth:
     """The estimator that a choice means: auto is Depth Anything V2 Small where it is here, or may be fetched, else nano.
 
     Slow ones keep their answers below the user's cache.
@@ -359,8 +373,12 @@ def depth_estimator(choice: str, device: Any, precision: str, pull: bool) -> Cho
     entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
     better = "" if choice != "auto" or name == BETTER_DEPTH else f" (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
     path = weights.locate(entry, name, pull)
-    built = catalog.resolve(entry)(path, device, precision)
-    estimator = built if path.is_file() else Cached(built, catalog.cache() / "depth", f"{name} {precision}")
+    built = catalog.resolve(entry)(path, device, precision, backend)
+    estimator = (
+        built
+        if path.is_file()
+        else Cached(built, catalog.cache() / "depth", f"{name} {precision}{'' if backend == 'torch' else ' ' + backend}")
+    )
     return ChosenDepth(name, estimator, path if path.is_file() else None, f"depth: {name}{better}")
 
 

@@ -78,6 +78,7 @@ def evaluate(
     zoom: opt.Zoom = Plan.zoom,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     output: Annotated[
         Path | None,
@@ -107,7 +108,7 @@ def evaluate(
     if prompt == "depth":
         if annotations or predictions or subset or only or ablate_depth:
             raise DepthsegError("the depth estimator is scored on a folder of depth pairs", "Leave all but --images and --depth out.")
-        return _gate(_depth(images, depth, device, precision, output, pull, as_json), wanted)
+        return _gate(_depth(images, depth, device, precision, backend, output, pull, as_json), wanted)
     if annotations is None:
         raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
     counts = _counts(clicks)
@@ -209,14 +210,16 @@ def _told(report: dict, output: Path | None) -> None:
         typer.echo(output / "report" / "index.html")
 
 
-def _depth(images: Path, depth: str, device: str, precision: str, output: Path | None, pull: bool, as_json: bool) -> dict[str, Any]:
+def _depth(
+    images: Path, depth: str, device: str, precision: str, backend: str, output: Path | None, pull: bool, as_json: bool
+) -> dict[str, Any]:
     """Score the depth estimator alone: its report."""
     if output:
         take(output)
     with contextlib.redirect_stdout(sys.stderr), interruptible("stopped; nothing was written"):
         from depthseg.evaluate import evaluate_depth
 
-        chosen = opt.estimator(depth, device, precision, pull)
+        chosen = opt.estimator(depth, device, precision, pull, backend)
         with progress("images") as show:
             report = evaluate_depth(images, chosen.estimator, progress=show)
     if output:

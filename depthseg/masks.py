@@ -5,12 +5,13 @@ logit frames and no files.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from pycocotools import mask as coco
 from scipy import ndimage
 
-Array = np.ndarray
+from depthseg.schema import Array, Crop
 
 _EIGHT = np.ones((3, 3), bool)  # neighbours that count as connected
 _MOST = 2**29 - 1  # pixels of a mask in a file: pycocotools writes run lengths of up to six base-32 digits, and computes in 32 bits
@@ -21,6 +22,23 @@ def encode(mask: Array) -> dict:
     """Compressed RLE {"size": [h, w], "counts": str} of a bool mask (h, w)."""
     rle = coco.encode(np.asfortranarray(mask, np.uint8))
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+
+
+def encode_crop(crop: Crop) -> dict:
+    """What `encode` makes of the whole mask, byte for byte, from the piece: run lengths are the distances between edges."""
+    (x, y), (h, w) = crop.corner, crop.size
+    tall = len(crop.pixels) + 1
+    columns = np.zeros((crop.pixels.shape[1], tall), bool)  # with a gap below each, so that no run goes on into the next
+    columns[:, :-1] = crop.pixels.T
+    flat = np.concatenate([[False], columns.ravel()])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    edges += edges // tall * (h - tall) + (x * h + y)  # from a column of the piece to one of the picture
+    if tall > h:  # a column of the picture ends where the next begins: what reaches both ends is one run
+        (same,) = np.nonzero(edges[1:] == edges[:-1])
+        edges = np.delete(edges, np.concatenate([same, same + 1]))
+    runs = np.diff(edges, prepend=0, append=h * w)
+    rle = coco.frPyObjects({"size": [h, w], "counts": runs if runs[-1] else runs[:-1]}, h, w)
+    return {"size": [h, w], "counts": rle["counts"].decode("ascii")}
 
 
 def decode(rle: dict) -> Array:
@@ -140,7 +158,9 @@ def clean(mask: Array, min_region: int, edges: bool = True) -> Array:
     if min_region <= 1 or not mask.any():
         return mask.copy()
     # With a margin of min_region, background that goes on outside the window is big enough within it: same answer, less work.
-    y, x = (slice(max(0, hit[0] - min_region), hit[-1] + 1 + min_region) for hit in _extent(mask))
+    # Without edges it is no hole however big it is.
+    margin = min_region if edges else 0
+    y, x = (slice(max(0, hit[0] - margin), hit[-1] + 1 + margin) for hit in _extent(mask))
     out = mask.copy()
     window = out[y, x]  # a view
 
@@ -157,6 +177,13 @@ def clean(mask: Array, min_region: int, edges: bool = True) -> Array:
         small[1 + np.argmax(sizes[1:])] = False
     window &= ~small[regions]
     return out
+
+
+def clean_crop(crop: Crop, min_region: int, edges: bool = True) -> Crop:
+    """What `clean` makes of the whole mask, from the piece."""
+    if edges and min_region > 1:  # what lies between mask and edge is to be seen
+        crop = crop.wider(min_region)
+    return replace(crop, pixels=clean(crop.pixels, min_region, edges))
 
 
 def _extent(mask: Array) -> tuple[Array, Array]:

@@ -30,6 +30,7 @@ def bench(
     zoom: opt.Zoom = Plan.zoom,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     pull: opt.Pull = False,
     as_json: opt.Json = False,
@@ -41,7 +42,7 @@ def bench(
     """
     plan = Plan(
         model=model, weights=weights, detector=detector, detector_weights=detector_weights, text=text, classes=classes, boxes=boxes,
-        depth=depth, zoom=zoom, device=device, precision=precision, batch=batch,
+        depth=depth, zoom=zoom, device=device, precision=precision, backend=backend, batch=batch,
     )  # fmt: skip
     opt.check_names(plan)
     opt.check_files(plan, None, pull)

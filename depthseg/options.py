@@ -58,6 +58,13 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="auto is fp32 on the CPU, bf16 or fp16 on CUDA.", rich_help_panel=MODEL),
 ]
+Backend = Annotated[
+    Literal["torch", "openvino", "compile"],
+    typer.Option(
+        help="What computes encoders, depth and nano's boxes: torch, OpenVINO (an extra, CPU only), or torch's compiler.",
+        rich_help_panel=MODEL,
+    ),
+]
 Confidence = Annotated[
     float | None,
     typer.Option(
@@ -199,13 +206,13 @@ def _check_weights(wanted: dict[str, catalog.Row], pull: bool) -> None:
             weights.locate(entry, name, fetch=False)
 
 
-def estimator(choice: str, device: str, precision: str, pull: bool) -> Any:
+def estimator(choice: str, device: str, precision: str, pull: bool, backend: str = Plan.backend) -> Any:
     """The depth estimator that works alone, announced with its terms."""
     from depthseg.depth import depth_estimator
     from depthseg.numerics import device_of, precision_of
 
     where = device_of(device)
-    chosen = depth_estimator(choice, where, precision_of(precision, where), pull)
+    chosen = depth_estimator(choice, where, precision_of(precision, where), pull, backend)
     for note in (chosen.note, *catalog.terms({f"depth {chosen.name}": catalog.DEPTHS[chosen.name]})):
         say(note)
     return chosen

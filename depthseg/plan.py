@@ -13,6 +13,7 @@ from depthseg.errors import DepthsegError
 # Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
 _SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
 
+BACKENDS = ("torch", "openvino", "compile")
 CONFIDENCE = 0.25  # of a detector that is built without a plan
 MAX_BOXES = 100  # of a detector, where the plan says nothing
 READER = "groundingdino-tiny"  # the detector that auto takes for text
@@ -33,6 +34,7 @@ class Plan:
     depth: str = "auto"  # a row of catalog.DEPTHS, a folder of depth maps, or none
     device: str = "auto"  # auto = cuda when there is one, else cpu
     precision: str = "auto"  # fp32, bf16, fp16; auto = fp32 on the CPU, bf16 or fp16 on CUDA
+    backend: str = "torch"  # one of BACKENDS: other orders of sums, hence other last digits
     batch: int = 4  # images in one encoder call
     prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
     confidence: float | None = None  # boxes under this score are dropped; None: the detector's own limit, none of a file's

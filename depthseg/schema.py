@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image as PILImage
@@ -117,6 +117,28 @@ class Prompts:
         return cls(np.concatenate(xy, 1), np.concatenate(labels, 1).astype(np.int64))
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A mask of which only a piece is held, which has all its pixels: nothing of a picture's size need ever be made."""
+
+    pixels: Array  # bool (h', w')
+    corner: tuple[int, int]  # x, y of the piece in the picture
+    size: tuple[int, int]  # h, w of the picture
+
+    def wider(self, margin: int) -> "Crop":
+        """With so many pixels more on each side, as far as the picture goes."""
+        (x, y), (h, w), (ph, pw) = self.corner, self.size, self.pixels.shape
+        before, after = (min(y, margin), min(x, margin)), (min(h - y - ph, margin), min(w - x - pw, margin))
+        return Crop(np.pad(self.pixels, list(zip(before, after))), (x - before[1], y - before[0]), self.size)
+
+    def whole(self) -> Array:
+        """Bool (h, w)."""
+        (h, w), (x, y), (ph, pw) = self.size, self.corner, self.pixels.shape
+        out = np.zeros((h, w), bool)
+        out[y : y + ph, x : x + pw] = self.pixels
+        return out
+
+
 def _fit(h: int, w: int, side: int) -> tuple[int, int]:
     """Height and width with the long side at `side`; halves round up, each side on its own, as the official code does."""
     scale = side / max(h, w)
@@ -124,26 +146,52 @@ def _fit(h: int, w: int, side: int) -> tuple[int, int]:
 
 
 def _linear(n_in: int, n_out: int) -> Array:
-    """(n_out, n_in) matrix of bilinear interpolation along one axis, half-pixel centres (torch's align_corners=False)."""
-    at = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, None)
+    """(n_out, n_in) matrix of bilinear interpolation along one axis, half-pixel centres (torch's align_corners=False).
+
+    Positions are float32, as in torch: at a few hundred cells they are off by up to 1e-5, which decides pixels whose logit is next to 0.
+    """
+    half = np.float32(0.5)
+    at = np.maximum(np.float32(n_in) / np.float32(n_out) * (np.arange(n_out, dtype=np.float32) + half) - half, 0)
     low = np.minimum(at.astype(int), n_in - 1)
     high = np.minimum(low + 1, n_in - 1)
-    frac = at - low
+    frac = at - low.astype(np.float32)
     m = np.zeros((n_out, n_in))
     np.add.at(m, (np.arange(n_out), low), 1 - frac)
     np.add.at(m, (np.arange(n_out), high), frac)
     return m
 
 
-@lru_cache(maxsize=64)  # two for each size of picture
-def _upsampling(low: int, inner: int, original: int) -> csr_array:
-    """(original, low) float32: low-resolution axis -> 1024 frame -> without the padding -> original pixels, composed.
+class _Axis(NamedTuple):
+    """One axis of the way from low-resolution logits to original pixels."""
 
-    The official post-processing interpolates twice; both steps are linear and separable, so one matrix per axis is the same map. A
-    row has four numbers at most: as a sparse matrix it costs a tenth of BLAS, whose threads would get in the way of torch's, and an
-    original pixel is the same sum whatever is cut out around it.
+    matrix: csr_array  # (original, low) float32: four numbers at most in a row
+    first: Array  # (original,) of the low-resolution positions that make a pixel, the lowest
+    last: Array  # and the highest; both only grow
+
+    def reach(self, low: int, high: int) -> slice:
+        """The original pixels that are made of any of the positions low to high."""
+        return slice(int(np.searchsorted(self.last, low)), int(np.searchsorted(self.first, high, "right")))
+
+    def part(self, pixels: slice) -> tuple[csr_array, slice]:
+        """The matrix of these pixels alone, and the positions that it is for."""
+        cells = slice(int(self.first[pixels.start]), int(self.last[pixels.stop - 1]) + 1)
+        rows = self.matrix.indptr[pixels.start : pixels.stop + 1]
+        used = slice(rows[0], rows[-1])  # scipy's own slicing of rows, then columns, takes longer than the product
+        parts = self.matrix.data[used], self.matrix.indices[used] - cells.start, rows - rows[0]
+        return csr_array(parts, (pixels.stop - pixels.start, cells.stop - cells.start)), cells
+
+
+@lru_cache(maxsize=64)  # two for each size of picture
+def _upsampling(low: int, inner: int, original: int) -> _Axis:
+    """Low-resolution axis -> 1024 frame -> without the padding -> original pixels, composed.
+
+    The official post-processing interpolates twice; both steps are linear and separable, so one matrix per axis is the same map. As
+    a sparse matrix it costs a tenth of BLAS, whose threads would get in the way of torch's, and an original pixel is the same sum
+    whatever is cut out around it.
     """
-    return csr_array((_linear(inner, original) @ _linear(low, PROMPT_SIDE)[:inner]).astype(np.float32))
+    m = (_linear(inner, original) @ _linear(low, PROMPT_SIDE)[:inner]).astype(np.float32)
+    used = m > 0
+    return _Axis(csr_array(m), used.argmax(1), low - 1 - used[:, ::-1].argmax(1))
 
 
 @dataclass(frozen=True)
@@ -194,28 +242,28 @@ class Frame:
         ih, iw = self.prompt_inner
         return -(-ih * low // PROMPT_SIDE), -(-iw * low // PROMPT_SIDE)
 
+    def _axes(self, low: int) -> tuple[_Axis, _Axis]:
+        """Down and across, for low-resolution logits of `low` cells a side."""
+        (h, w), (ih, iw) = self.size, self.prompt_inner
+        return _upsampling(low, ih, h), _upsampling(low, iw, w)
+
     def logits(self, low: Array) -> Array:
         """Low-resolution logits (s, s) -> float32 (h, w) in original pixels: SAM's post-processing."""
-        s, (h, w), (ih, iw) = low.shape[0], self.size, self.prompt_inner
-        return (_upsampling(s, iw, w) @ (_upsampling(s, ih, h) @ low).T).T
+        down, across = self._axes(len(low))
+        return (across.matrix @ (down.matrix @ low).T).T
 
-    def mask(self, low: Array) -> Array:
-        """Low-resolution logits (s, s) -> bool (h, w), exactly `logits(low) > 0` but computed only where it can be true."""
-        out = np.zeros(self.size, bool)
-        s, (h, w), (ih, iw) = low.shape[0], self.size, self.prompt_inner
-        positive = low > 0
-        if not positive.any():
-            return out
-        spans, parts = [], []
-        for axis, m in enumerate((_upsampling(s, ih, h), _upsampling(s, iw, w))):
-            (hit,) = np.nonzero(positive.any(1 - axis))
-            (reach,) = np.nonzero(m[:, hit[0] : hit[-1] + 1].sum(1) > 0)  # original pixels that a positive logit touches
-            if not len(reach):
-                return out
-            spans.append(slice(reach[0], reach[-1] + 1))
-            parts.append(m[spans[-1]])
-        out[tuple(spans)] = (parts[1] @ (parts[0] @ low).T).T > 0
-        return out
+    def crop(self, low: Array) -> Crop:
+        """Low-resolution logits (s, s) -> exactly the pixels where `logits(low) > 0`, computed only where that can be.
+
+        No pixel is positive unless one of the logits that it is made of is.
+        """
+        positive, axes = low > 0, self._axes(len(low))
+        hits = [np.flatnonzero(positive.any(1 - axis)) for axis in (0, 1)]
+        y, x = (axis.reach(hit[0], hit[-1]) if len(hit) else slice(0, 0) for axis, hit in zip(axes, hits))
+        if y.start == y.stop or x.start == x.stop:  # nothing, or in the padding alone
+            return Crop(np.zeros((1, 1), bool), (0, 0), self.size)
+        (down, rows), (across, columns) = (axis.part(reach) for axis, reach in zip(axes, (y, x)))
+        return Crop((across @ (down @ low[rows, columns]).T > 0).T, (x.start, y.start), self.size)
 
 
 @dataclass(frozen=True)
@@ -264,4 +312,6 @@ class Depth(Protocol):
 class Network(Protocol):
     def encode(self, rgb: Any, depth: Any = None) -> Any: ...
 
-    def decode(self, features: Any, owner: Any, points: Any, labels: Any, masks: Any = None, multimask: bool = True) -> Any: ...
+    def decode(
+        self, features: Any, owner: Any, points: Any, labels: Any, masks: Any = None, multimask: bool = True, best: bool = False
+    ) -> Any: ...

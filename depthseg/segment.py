@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from depthseg import __version__, catalog, masks, weights
+from depthseg import __version__, backends, catalog, masks, weights
 from depthseg.data import Failure, Unreadable, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
@@ -35,6 +35,7 @@ from depthseg.schema import (
     PROMPT_SIDE,
     Array,
     Boxes,
+    Crop,
     Depth,
     Frame,
     Image,
@@ -84,14 +85,10 @@ class View:
             depth = np.asarray(whole.resize((x1 - x0, y1 - y0), PILImage.Resampling.BILINEAR, box=piece))
         return View(self.pixels[y0:y1, x0:x1], depth, self.canvas, (x0, y0))
 
-    def paste(self, mask: Array) -> Array:
-        """A bool mask of this view in its place on the whole picture."""
-        if mask.shape == self.canvas:
-            return mask
-        out = np.zeros(self.canvas, bool)
-        (x, y), (h, w) = self.corner, mask.shape
-        out[y : y + h, x : x + w] = mask
-        return out
+    def paste(self, crop: Crop) -> Crop:
+        """A mask of this view as one of the whole picture."""
+        (x, y), (left, top) = crop.corner, self.corner
+        return Crop(crop.pixels, (left + x, top + y), self.canvas)
 
 
 class Encoded(NamedTuple):
@@ -107,7 +104,7 @@ class Segmenter:
 
     pull: fetch missing weights first; otherwise no network is used. progress: told (bytes done, bytes in all) of a download.
     images_json: COCO images file for `plan.boxes` by image_id.
-    network, source, depth: ready-made stages in place of those that the plan names.
+    network, source, depth: ready-made stages in place of those that the plan names, used as they are.
     """
 
     def __init__(
@@ -127,9 +124,13 @@ class Segmenter:
         if self.device.type == "cpu":
             keep_memory()
         self.precision = precision_of(plan.precision, self.device)
+        backends.check(plan.backend, self.device)
+        if told := backends.note(plan.backend, self.precision, self.device):
+            self.notes.append(told)
         self.provenance: dict[str, Any] = {
             "device": str(self.device),
             "precision": self.precision,
+            "backend": plan.backend,
             "versions": {"depthseg": __version__, **{p: version(p) for p in ("torch", "timm", "transformers")}},
         }
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU
@@ -156,6 +157,8 @@ class Segmenter:
         entry = catalog.row(catalog.MODELS, name, "model")
         path = Path(self.plan.weights) if self.plan.weights else weights.locate(entry, name, self._pull, self._progress)
         network = catalog.load(name, path)
+        for encoder in ("image_encoder", "depth_encoder")[: 1 if network.alpha is None or self.plan.depth == "none" else 2]:
+            setattr(network, encoder, backends.ready(getattr(network, encoder), self.plan.backend, self.precision, self.device))
         self._chosen("model", name, None if self.plan.weights else entry, path)
         return network
 
@@ -192,7 +195,7 @@ class Segmenter:
             self.notes.append(f"depth: maps from {choice}")
             self._chosen("depth", Path(choice).name)
             return DepthFolder(choice)
-        chosen = depth_estimator(choice, self.device, self.precision, self._pull)
+        chosen = depth_estimator(choice, self.device, self.precision, self._pull, self.plan.backend)
         self.notes += [chosen.note] if choice == "auto" else []
         self._chosen("depth", chosen.name, catalog.DEPTHS[chosen.name], chosen.file)
         return chosen.estimator
@@ -322,12 +325,12 @@ class Segmenter:
                         stability = float(masks.stability(logits[None, :h, :w])[0])
                         if strict and (iou < least_iou or stability < least_stability):
                             continue
-                        mask = frame.mask(logits)
+                        mask = frame.crop(logits)
                         if self.network.specks:
-                            mask = masks.clean(mask, int(self.network.specks * np.count_nonzero(mask)), edges=False)
+                            mask = masks.clean_crop(mask, int(self.network.specks * np.count_nonzero(mask.pixels)), edges=False)
                         mask = view.paste(mask)
-                        mask = masks.clean(mask, plan.min_region) if strict else mask
-                        answers[v].append(Answer(i, masks.encode(mask), iou, stability))
+                        mask = masks.clean_crop(mask, plan.min_region) if strict else mask
+                        answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
     def _best(self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool) -> tuple[Array, Array]:
@@ -343,10 +346,10 @@ class Segmenter:
         owner = np.array([v for v, _ in chunk], np.int64)
         low_resolution = self._tensor(np.stack(earlier)) if earlier else None
         logits, iou = self.network.decode(
-            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask
+            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask, not self.by_box
         )
         rank = _fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
-        best = rank.argmax(1)  # before anything is enlarged
+        best = rank.argmax(1)  # before anything is enlarged; unless by box, the network has left the others out
         every = torch.arange(len(best), device=best.device)
         return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
 

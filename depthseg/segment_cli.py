@@ -55,6 +55,7 @@ def segment(
     zoom: opt.Zoom = Plan.zoom,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]  # a str in Plan, one of four here
+    backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     prompt_batch: Annotated[
         int, typer.Option(min=1, help="Prompts in one call of the decoder.", rich_help_panel=MODEL)
@@ -214,6 +215,7 @@ def detect(
     max_boxes: opt.MaxBoxes = Plan.max_boxes,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
+    backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
     pull: opt.Pull = False,
     as_json: opt.Json = False,
@@ -226,7 +228,7 @@ def detect(
     """
     plan = Plan(
         detector=detector, detector_weights=detector_weights, text=text, classes=classes, confidence=confidence, max_boxes=max_boxes,
-        device=device, precision=precision, batch=batch,
+        device=device, precision=precision, backend=backend, batch=batch,
     )  # fmt: skip
     opt.check_names(plan)
     if detector == "grid":

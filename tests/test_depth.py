@@ -155,11 +155,18 @@ def test_input_sizes(anything, size, expected):
     assert DepthAnything._size(DepthAnything, *size) == expected
 
 
+def test_openvino_leaves_pictures_of_any_size_to_torch(anything, small):
+    pytest.importorskip("openvino")
+    plain, other = (DepthAnything(anything / "relative", "cpu", "fp32", backend) for backend in ("torch", "openvino"))
+    for h, w in ((56, 84), (84, 56)):
+        assert np.array_equal(plain([image(h=h, w=w)])[0], other([image(h=h, w=w)])[0])
+
+
 def test_a_metric_variant_is_inverted(anything, small):
     one = image()
     estimator = DepthAnything(anything / "metric")
     with torch.inference_mode():
-        metres = estimator._network(torch.from_numpy(estimator._input(one, (56, 84)))[None]).predicted_depth[0].numpy()
+        metres = estimator._network(torch.from_numpy(estimator._input(one, (56, 84)))[None])[0].numpy()
     (near,) = estimator([one])
     assert metres.min() > 0 and metres.std() > 0
     assert np.abs(near - normalise(1 / metres)).max() < 1e-3

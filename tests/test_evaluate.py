@@ -37,7 +37,7 @@ class Bright(nn.Module):
         self.encoded += len(rgb)
         return (10 * nn.functional.avg_pool2d(rgb.mean(1, keepdim=True), 2),)
 
-    def decode(self, features, owner, points, labels, masks=None, multimask=True):
+    def decode(self, features, owner, points, labels, masks=None, multimask=True, best=False):
         logits = features[0][owner].repeat(1, 3, 1, 1)
         at = (torch.arange(logits.shape[-1]) + 0.5) * 1024 / logits.shape[-1]
         for p, (xy, label) in enumerate(zip(points, labels)):

@@ -21,9 +21,9 @@ LAYERS = {
     "ground": "depthseg errors plan catalog stages",
     "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
     "packs truth protocols predictions ap fates score published page report gallery compare album outlines export",
-    "tensors": "models losses numerics",
+    "tensors": "backends models losses numerics",
     "stages": "detect depth tasks weights pretrained",
-    "segment": "segment asking",
+    "segment": "exactness segment asking",
     "training": "learner curves preflight validation",
     "verbs": "evaluate train bench",
     "edge": "options terminal config doctor segment_cli data_cli train_cli weights_cli models_cli eval_cli convert_cli cli __main__",
@@ -32,7 +32,7 @@ LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy", "lvis"},
-    "tensors": {"torch", "torchvision", "timm", "safetensors"},
+    "tensors": {"torch", "torchvision", "timm", "safetensors", "openvino"},
     "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
     "training": {"tensorboard", "matplotlib"},

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from depthseg import masks
+from depthseg.schema import Crop
 
 
 def blobs(seed, size=(40, 56), count=1):
@@ -25,6 +26,37 @@ def test_encode_and_decode_are_inverse():
         back = masks.decode(rle)
         assert back.dtype == bool and np.array_equal(back, m)
         assert np.array_equal(masks.decode({**rle, "counts": rle["counts"].encode()}), m)
+
+
+def pieces(mask, seed):
+    """Crops that hold all of a mask: the whole, the tightest, one of full height, one of full width, and some between."""
+    g, (h, w) = np.random.default_rng(seed), mask.shape
+    y, x = (np.flatnonzero(mask.any(1 - axis)) for axis in (0, 1))
+    y0, y1, x0, x1 = (y[0], y[-1] + 1, x[0], x[-1] + 1) if len(y) else (0, 1, 0, 1)
+    for top, bottom, left, right in [
+        (0, h, 0, w), (y0, y1, x0, x1), (0, h, x0, x1), (y0, y1, 0, w),
+        *((g.integers(0, y0 + 1), g.integers(y1, h + 1), g.integers(0, x0 + 1), g.integers(x1, w + 1)) for _ in range(4)),
+    ]:  # fmt: skip
+        yield Crop(mask[top:bottom, left:right], (int(left), int(top)), (h, w))
+
+
+@pytest.mark.parametrize("size", [(40, 56), (1, 1), (1, 9), (9, 1), (31, 17)])
+def test_a_piece_gives_the_bytes_of_the_whole(size):
+    g = np.random.default_rng(5)
+    noise = g.random((6, *size)) < g.random((6, 1, 1))
+    for seed, m in enumerate([*blobs(4, size, 10), *noise, np.zeros(size, bool), np.ones(size, bool)]):
+        for crop in pieces(m, seed):
+            assert np.array_equal(crop.whole(), m)
+            assert masks.encode_crop(crop) == masks.encode(m)
+            assert np.array_equal(crop.wider(3).whole(), m) and min(crop.wider(3).corner) >= 0
+
+
+@pytest.mark.parametrize("edges", [True, False])
+@pytest.mark.parametrize("least", [0, 2, 5, 12, 60, 5000])
+def test_cleaning_a_piece_is_cleaning_the_whole(least, edges):
+    for seed, m in enumerate(blobs(6, count=30)):
+        for crop in pieces(m, seed):
+            assert np.array_equal(masks.clean_crop(crop, least, edges).whole(), masks.clean(m, least, edges))
 
 
 def test_decode_takes_uncompressed_runs():
@@ -111,6 +143,14 @@ def test_clean_by_hand():
     whole[5:20, 5:20] = True
     assert np.array_equal(masks.clean(m, 4), whole)
     assert not masks.clean(np.zeros((4, 4), bool), 3).any()
+
+
+@pytest.mark.parametrize("least", [2, 5, 60])
+def test_clean_without_edges_equals_filling_from_outside(least):
+    """A background that reaches the picture's edge gets a huge margin, which is taken off again: then it is no hole."""
+    for m in blobs(7, count=30):
+        expected = clean_by_opencv(np.pad(m, 100), least)[100:-100, 100:-100]
+        assert np.array_equal(masks.clean(m, least, edges=False), expected)
 
 
 def test_clean_may_leave_the_edge_alone():

@@ -54,7 +54,7 @@ def _check(variant: str, state: dict, truth, low: int, full: int, embedding: tup
                 if f"{name}_full_area" in truth:
                     large = np.stack([frame.logits(g) for g in got])
                     np.testing.assert_allclose(large[:, ::full, ::full], truth[f"{name}_full_strided{full}"], atol=2e-5)
-                    areas = [int(frame.mask(g).sum()) for g in got]
+                    areas = [int(frame.crop(g).whole().sum()) for g in got]
                     np.testing.assert_allclose(areas, truth[f"{name}_full_area"], atol=1)  # one pixel within rounding of 0
 
 
@@ -242,23 +242,73 @@ def test_small_networks_save_and_load(tmp_path) -> None:
             assert (boxes[..., 2:] > boxes[..., :2]).all()
 
 
-@pytest.mark.parametrize("prompt", ["boxes", "points", "ragged", "masks"])
+PROMPTS = {  # owner and labels of each prompt
+    "boxes": ([0, 1, 1], [[2, 3]] * 3),
+    "boxes of one image": ([1] * 5, [[2, 3]] * 5),
+    "boxes out of order": ([1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1], [[2, 3]] * 12),
+    "points": ([0, 1, 1], [[1, -1]] * 3),
+    "ragged": ([0, 0, 0], [[1, 0, 1, -1], [1, -1, -10, -10], [2, 3, -10, -10]]),
+    "masks": ([0, 0, 0, 1], [[1, -1]] * 4),
+    "many points": ([0, 0, 0, 1], [[1, 0] * 5, [1] * 9 + [-1], [2, 3, 1, 1] + [-10] * 6, [2, 3] + [0] * 8]),
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_folded_decoder_equals_the_plain_one(prompt):
-    """Without gradients the head folds the cells' projections into the tokens and grows masks by cells: another order of sums."""
+    """Without gradients the head folds the cells' projections into the tokens, or does them once for an image, and grows masks by
+    cells: other orders of the same sums."""
     torch.manual_seed(0)
     head = SamHead().eval()
     features = (torch.randn(2, 256, 16, 16),)
-    owner, points = torch.tensor([0, 1, 1]), torch.rand(3, 2 if prompt != "ragged" else 4, 2) * 1000
-    labels = {
-        "boxes": torch.tensor([[2, 3]] * 3),
-        "points": torch.tensor([[1, -1]] * 3),
-        "ragged": torch.tensor([[1, 0, 1, -1], [1, -1, -10, -10], [2, 3, -10, -10]]),
-        "masks": torch.tensor([[1, -1]] * 3),
-    }[prompt]
-    earlier = torch.randn(3, 1, 64, 64) if prompt == "masks" else None
-    assert head.mask_decoder.transformer.final_attn_token_to_image.folds(5 + points.shape[1])
+    owner, labels = (torch.tensor(column) for column in PROMPTS[prompt])
+    points = torch.rand(*labels.shape, 2) * 1000
+    earlier = torch.randn(len(owner), 1, 64, 64) if prompt == "masks" else None
+    assert head.mask_decoder.transformer.final_attn_token_to_image.folds(5 + points.shape[1]) is (prompt != "many points")
     plain, iou = (out.detach() for out in head(features, owner, points, labels, earlier)[:2])
     with torch.inference_mode():
         folded, folded_iou, _ = head(features, owner, points, labels, earlier)
-    assert float((plain - folded).abs().max() / plain.abs().max()) < 2e-6 and float((iou - folded_iou).abs().max()) < 2e-6
+        best, best_iou, _ = head(features, owner, points, labels, earlier, range(1, 4), best=True)
+    assert _apart(plain, folded) < 1e-6 and float((iou - folded_iou).abs().max()) < 1e-6
     assert not torch.equal(plain, folded)  # it is another way
+    top = 1 + iou[:, 1:].argmax(1)
+    assert best.shape[:2] == best_iou.shape == (len(owner), 1)
+    every = torch.arange(len(owner))
+    assert _apart(plain[every, top], best[:, 0]) < 1e-6 and float((iou[every, top] - best_iou[:, 0]).abs().max()) < 1e-6
+
+
+def _apart(a, b) -> float:
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def test_the_best_mask_of_a_head_with_skips(nano):
+    features, owner = _features(nano, 2), torch.tensor([0, 1, 1, 1])
+    p = Prompts.of(points=np.random.default_rng(0).uniform(0, 1000, (4, 1, 2)))
+    with torch.inference_mode():
+        logits, iou = nano.decode(features, owner, torch.from_numpy(p.points), torch.from_numpy(p.labels))
+        best, best_iou = nano.decode(features, owner, torch.from_numpy(p.points), torch.from_numpy(p.labels), best=True)
+    top = iou.argmax(1)
+    assert torch.equal(best_iou[:, 0], iou[torch.arange(4), top])
+    assert _apart(logits[torch.arange(4), top], best[:, 0]) < 1e-6
+
+
+def test_half_precision_does_not_move_prompts(nano):
+    """bf16 has 8 bits: positions in it would be off by up to 4 of 1024 pixels."""
+    points, labels = torch.tensor([[[513.0, 300], [1000, 999]]]), torch.tensor([[2, 3]])
+    with torch.inference_mode():
+        exact = nano.prompt_encoder.tokens(points, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(nano.prompt_encoder.tokens(points, labels).float(), exact)
+
+
+@pytest.mark.parametrize("prompt", ["boxes of one image", "boxes", "ragged", "masks"])
+def test_the_decoder_in_half_precision_stays_close(prompt):
+    torch.manual_seed(0)
+    head = SamHead().eval()
+    owner, labels = (torch.tensor(column) for column in PROMPTS[prompt])
+    given = (torch.randn(2, 256, 16, 16),), owner, torch.rand(*labels.shape, 2) * 1000, labels
+    earlier = torch.randn(len(owner), 1, 64, 64) if prompt == "masks" else None
+    with torch.inference_mode():
+        exact, iou, _ = head(*given, earlier)
+        with torch.autocast("cpu", torch.bfloat16):
+            half, half_iou, _ = head(*given, earlier)
+    assert float((half - exact).norm() / exact.norm()) < 0.03 and float((iou - half_iou).abs().max()) < 0.01

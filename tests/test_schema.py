@@ -4,8 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 from torch.nn.functional import interpolate
 
+from depthseg import masks, truth
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Boxes, Frame, Prompts
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "geometry.json").read_text())  # answers of the official transforms
@@ -37,16 +39,45 @@ def test_frame_equals_the_official_geometry(case):
     np.testing.assert_allclose(frame.to_prompt(np.array(case["points"])), case["points_1024"], rtol=1e-6)
 
 
+def two_steps(low, size):
+    """The official post-processing: the whole 1024 frame, then the whole picture."""
+    h, w = Frame(size, 512).prompt_inner
+    big = interpolate(torch.from_numpy(low)[None, None], (PROMPT_SIDE, PROMPT_SIDE), mode="bilinear", align_corners=False)
+    return interpolate(big[..., :h, :w], size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", ["noise", "blobs"])
 def test_logits_equal_two_interpolations(size, kind):
-    low, frame = logits(kind), Frame(size, 512)
-    h, w = frame.prompt_inner
-    big = interpolate(torch.from_numpy(low)[None, None], (PROMPT_SIDE, PROMPT_SIDE), mode="bilinear", align_corners=False)
-    expected = interpolate(big[..., :h, :w], size, mode="bilinear", align_corners=False)[0, 0].numpy()
-    ours = frame.logits(low)
+    low = logits(kind)
+    ours = Frame(size, 512).logits(low)
     assert ours.shape == size and ours.dtype == np.float32
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    np.testing.assert_allclose(ours, two_steps(low, size), atol=3e-6)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1, 500), (1023, 767), (3000, 4000)], ids=str)
+@pytest.mark.parametrize("kind", ["noise", "blobs", "both"])
+def test_rle_is_byte_for_byte_that_of_two_interpolations(size, kind):
+    for seed in range(1 if max(size) > 2000 else 10):
+        low = sum(logits(k, seed=seed) for k in (["noise", "blobs"] if kind == "both" else [kind]))
+        assert masks.encode_crop(Frame(size, 512).crop(low)) == masks.encode(two_steps(low, size) > 0)
+
+
+def test_rle_of_real_masks_is_that_of_two_interpolations(shared):
+    """Logits as SAM gives them for true masks: steep at the outline, uneven elsewhere."""
+    picked = truth.read(shared / "data" / "coco-mini" / "images", shared / "data" / "coco-mini" / "annotations" / "instances_val.json")
+    count = 0
+    for seed, t in enumerate(picked.truths[:20]):
+        h, w = Frame(t.image.size, 512).prompt_inner
+        for rle in t.rle[:8]:
+            frame = np.zeros((PROMPT_SIDE, PROMPT_SIDE), np.float32)
+            frame[:h, :w] = np.asarray(PILImage.fromarray(masks.decode(rle)).resize((w, h)))
+            low = interpolate(torch.from_numpy(frame)[None, None], (256, 256), mode="area")[0, 0].numpy()
+            low = 20 * low - 10 + logits("noise", seed=seed)
+            for size in (t.image.size, (1500, 2001)):
+                count += 1
+                assert masks.encode_crop(Frame(size, 512).crop(low)) == masks.encode(two_steps(low, size) > 0)
+    assert count > 200
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -55,7 +86,7 @@ def test_mask_is_the_sign_of_the_logits(size, kind):
     frame = Frame(size, 512)
     for seed in range(6):
         low = logits(kind, seed=seed)
-        mask = frame.mask(low)
+        mask = frame.crop(low).whole()
         assert mask.shape == size and mask.dtype == bool
         assert np.array_equal(mask, frame.logits(low) > 0)
 
@@ -65,10 +96,10 @@ def test_mask_finds_single_pixels_and_ignores_the_padding():
     for at in ((0, 0), (100, 37), (191, 255)):
         low = np.full((256, 256), -1, np.float32)
         low[at] = 50
-        assert frame.mask(low).any() and np.array_equal(frame.mask(low), frame.logits(low) > 0)
+        assert frame.crop(low).whole().any() and np.array_equal(frame.crop(low).whole(), frame.logits(low) > 0)
     low = np.full((256, 256), -1, np.float32)
     low[200:] = 50  # below the image: it fills rows 0 to 191
-    assert not frame.mask(low).any()
+    assert not frame.crop(low).whole().any()
     assert frame.valid(256) == (192, 256)
 
 

@@ -14,7 +14,7 @@ from depthseg.data import Failure, find
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.models.depthseg import DepthSeg
 from depthseg.plan import Plan
-from depthseg.schema import CORNER_MIN, Boxes, Image, Prompts, Record
+from depthseg.schema import CORNER_MIN, Boxes, Crop, Image, Prompts, Record
 from depthseg.segment import Segmenter, View
 
 
@@ -32,7 +32,7 @@ class Bright(nn.Module):
         self.calls.append(("encode", rgb.shape[-1], len(rgb)))
         return (10 * nn.functional.avg_pool2d(rgb.mean(1, keepdim=True), 2),)
 
-    def decode(self, features, owner, points, labels, masks=None, multimask=True):
+    def decode(self, features, owner, points, labels, masks=None, multimask=True, best=False):
         self.calls.append(("decode", len(owner), 3 if multimask else 1))
         logits = features[0][owner]  # (P, 1, s, s)
         at = (torch.arange(logits.shape[-1]) + 0.5) * 1024 / logits.shape[-1]
@@ -194,8 +194,9 @@ def test_a_crop_is_twice_the_box_and_stays_in_the_picture():
     assert corner.pixels.shape[:2] == (21, 21) and corner.corner == (79, 59)
     outside = view.crop(np.array([150, 90, 170, 95], np.float32))
     assert min(outside.pixels.shape[:2]) >= 16
-    mask = corner.paste(np.ones((21, 21), bool))
-    assert mask.shape == (80, 100) and mask.sum() == 21 * 21 and mask[59:, 79:].all()
+    pasted = corner.paste(Crop(np.ones((20, 18), bool), (3, 1), (21, 21)))
+    assert pasted.corner == (82, 60) and pasted.size == (80, 100)
+    assert pasted.whole().sum() == 20 * 18 and pasted.whole()[60:, 82:].all()
 
 
 def test_grid_gives_each_thing_once(pictures):

@@ -37,7 +37,8 @@ def detector(plan: Plan, device: Any, precision: str, pull: bool, progress: Call
     path = Path(own) if own else weights.locate(entry, name, pull, progress)
     least = entry.confidence if plan.confidence is None else plan.confidence
     build = catalog.resolve(entry)
-    source = build(path, device, precision, least, plan.max_boxes or MAX_BOXES, plan.wanted(), **entry.args)
+    faster = {"backend": plan.backend} if name == "nano" and plan.backend != "torch" else {}  # the others stay with torch
+    source = build(path, device, precision, least, plan.max_boxes or MAX_BOXES, plan.wanted(), **entry.args, **faster)
     return Chosen(name, source, None if own else entry, path, notes)
 
 

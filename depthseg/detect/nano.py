@@ -25,18 +25,21 @@ class NanoBoxes:
         confidence: float = CONFIDENCE,
         max_boxes: int = MAX_BOXES,
         classes: Sequence[str] = (),
+        backend: str = "torch",
     ):
         if classes:
             raise DepthsegError("the nano detector knows no classes", "Leave --classes out, or choose another --detector.")
         path = catalog.there(path, "the nano box proposer", "detector")
         import torch
 
+        from depthseg import backends
         from depthseg.models.boxes import BoxNet
 
         self.device = torch.device(device)
         self.precision = precision
         self.confidence, self.max_boxes = confidence, max_boxes
-        self._network = BoxNet.load(path).to(self.device)
+        self._side = BoxNet.side
+        self._network = backends.ready(BoxNet.load(path), backend, precision, self.device)
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
         import torch
@@ -45,8 +48,7 @@ class NanoBoxes:
 
         if not images:
             return []
-        side = self._network.side
-        frames = [Frame(image.size, side) for image in images]
+        frames = [Frame(image.size, self._side) for image in images]
         x = torch.from_numpy(np.stack([f.image(np.asarray(image.pixels)) for f, image in zip(frames, images)])).to(self.device)
         with inference(self.device, self.precision):
             scores, boxes = self._network(x)  # (B, N), (B, N, 4)

@@ -57,9 +57,13 @@ class DepthSeg(SamHead):
         labels: Tensor,
         masks: Tensor | None = None,
         multimask: bool = True,
+        best: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (P, M, s, s) and predicted IoU (P, M): M = 3 candidates, or 1 with multimask=False. Shapes as in SamHead."""
-        logits, iou, _ = self(features, owner, points, labels, masks, range(1, 4) if multimask else range(1))
+        """Logits (P, M, s, s) and predicted IoU (P, M): M = 3 candidates, or 1 with multimask=False. Shapes as in SamHead.
+
+        best: of the candidates only the one with the highest predicted IoU.
+        """
+        logits, iou, _ = self(features, owner, points, labels, masks, range(1, 4) if multimask else range(1), best=best)
         return logits, iou
 
 

@@ -30,7 +30,9 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, xy: Tensor) -> Tensor:
         """(..., 2) x, y in 0..1 -> (..., 2 * half)."""
-        angle = 2 * math.pi * ((2 * xy - 1) @ self.positional_encoding_gaussian_matrix)
+        x, y = (2 * xy - 1).split(1, -1)
+        a, b = self.positional_encoding_gaussian_matrix
+        angle = 2 * math.pi * (x * a + y * b)  # no matrix product: autocast would round positions to bf16's 8 bits
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def grid(self, size: tuple[int, int]) -> Tensor:
@@ -140,38 +142,57 @@ class Attention(nn.Module):
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
-    # The same attention between few tokens t (P, T, dim) and the many cells x (P, N, dim) of an image, without projecting the cells:
-    # their projection is folded into the tokens, and heads * T rows meet the cells instead of the inner width's. Equal but for
-    # rounding; it pays as long as `folds`. code (N, dim) is added to the cells where they are compared, not where they are summed.
+    # The same attention between few tokens t (P, T, dim) and the many cells x of an image, with less work; equal but for rounding. A
+    # product of tokens, weights and cells may be taken in either order. Where each prompt has cells of its own (P, N, dim), the weights
+    # are folded into the tokens, so that heads * T rows meet the cells instead of the inner width's: it pays as long as `folds`. Where
+    # prompts look at few images, cells (G, N, dim) are projected once for each; `counts` says how many prompts each has, in their order.
 
     def folds(self, tokens: int) -> bool:
         return self.heads * tokens <= 0.75 * self.k_proj.out_features
 
-    def from_image(self, t: Tensor, x: Tensor, code: Tensor) -> Tensor:
-        """What tokens gather from the cells: forward(t, x + code, x)."""
-        per_head = (self.heads, -1, x.shape[-1])  # weights as (heads, d, dim)
-        q = self.q_proj(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (P, heads, T, d)
-        q = q * q.shape[-1] ** -0.5  # k_proj's bias moves all scores of a token alike: softmax does not see it
-        folded = q @ self.k_proj.weight.view(per_head)  # (P, heads, T, dim)
-        scores = folded.flatten(1, 2) @ x.transpose(1, 2)
-        scores = scores.unflatten(1, q.shape[1:3]) + folded @ code.T
-        gathered = (scores.softmax(-1).flatten(1, 2) @ x).unflatten(1, q.shape[1:3])
-        out = gathered @ self.v_proj.weight.view(per_head).transpose(1, 2)  # (P, heads, T, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2) + self.v_proj.bias)
+    def _split(self, x: Tensor) -> Tensor:
+        """(..., N, inner) -> (..., heads, N, d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
-    def to_image(self, x: Tensor, code: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        """What cells gather from the tokens: forward(x + code, k, v, seen)."""
-        k, v = (proj(t).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, t in ((self.k_proj, k), (self.v_proj, v)))
-        k = k * k.shape[-1] ** -0.5  # (P, heads, T, d)
-        heads = k.shape[1]
-        folded = k @ self.q_proj.weight.view(heads, -1, x.shape[-1])  # (P, heads, T, dim)
-        rows = folded.flatten(1, 2)
-        scores = (rows @ x.transpose(1, 2) + rows @ code.T).unflatten(1, k.shape[1:3]) + k @ self.q_proj.bias.view(heads, -1, 1)
+    def _scores(self, rows: Tensor, project: nn.Linear, cells: Tensor, counts: list[int] | None) -> Tensor:
+        """Products (P, heads, T, N) of rows (P, heads, T, d) with the projected cells."""
+        if counts:
+            pairs = zip(rows.split(counts), self._split(project(cells)))
+            return torch.cat([torch.einsum("phtd,hnd->phtn", r, c) for r, c in pairs])
+        folded = rows @ project.weight.unflatten(0, (self.heads, -1))  # (P, heads, T, dim)
+        always = rows @ project.bias.view(self.heads, -1, 1)
+        return torch.baddbmm(always.flatten(1, 2), folded.flatten(1, 2), cells.transpose(1, 2)).unflatten(1, rows.shape[1:3])
+
+    def from_image(self, t: Tensor, x: Tensor, placed: Tensor, counts: list[int] | None) -> Tensor:
+        """What tokens gather from the cells: forward(t, placed, x). placed: the cells with their positional code."""
+        q = self._split(self.q_proj(t))
+        share = self._scores(q * q.shape[-1] ** -0.5, self.k_proj, placed, counts).softmax(-1)  # (P, heads, T, N)
+        if counts:
+            pairs = zip(share.split(counts), self._split(self.v_proj(x)))
+            out = torch.cat([torch.einsum("phtn,hnd->phtd", s, v) for s, v in pairs])
+        else:
+            gathered = (share.flatten(1, 2) @ x).unflatten(1, q.shape[1:3])  # (P, heads, T, dim)
+            out = gathered @ self.v_proj.weight.unflatten(0, (self.heads, -1)).transpose(1, 2) + self.v_proj.bias.view(self.heads, 1, -1)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def to_image(self, x: Tensor, placed: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, counts: list[int] | None) -> Tensor:
+        """Cells (P, N, dim) with what they gather from the tokens: x + forward(placed, k, v, seen)."""
+        k, v = self._split(self.k_proj(k)), self._split(self.v_proj(v))
+        scores = self._scores(k * k.shape[-1] ** -0.5, self.q_proj, placed, counts)  # (P, heads, T, N)
         if seen is not None:
             scores = scores.masked_fill(~seen.transpose(2, 3), -torch.inf)  # (P, 1, T, 1)
-        sums = v @ self.out_proj.weight.view(-1, heads, v.shape[-1]).permute(1, 2, 0)  # (P, heads, T, dim)
         share = scores.softmax(2).flatten(1, 2).transpose(1, 2)  # over the tokens, which lie across: few in a row would be slow
-        return share @ sums.flatten(1, 2) + self.out_proj.bias
+        # the shares of each head add up to 1, and so does a heads' part of the bias from each of them
+        sums = v @ self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0) + self.out_proj.bias / self.heads
+        out = x.clone() if counts is None else spread(x, counts)
+        if torch.is_autocast_enabled(x.device.type):  # which leaves operations in place as they are
+            return out.add_(share @ sums.flatten(1, 2))
+        return out.baddbmm_(share, sums.flatten(1, 2))
+
+
+def spread(x: Tensor, counts: list[int]) -> Tensor:
+    """Cells (G, N, dim) once for each prompt, (P, N, dim)."""
+    return torch.cat([own.expand(n, -1, -1) for own, n in zip(x, counts)])
 
 
 class MLP(nn.Module):
@@ -210,18 +231,25 @@ class TwoWayBlock(nn.Module):
         self.mlp = TokenMLP(dim, hidden)
         self.cross_attn_image_to_token = Attention(dim, heads, 2)
 
-    def forward(self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None, fold: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, t: Tensor, image: Tensor, code: Tensor, image_code: Tensor, seen: Tensor | None, fold: bool, counts: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (P, T, dim) and cells (P, N, dim). fold: in less work; then, with counts, from image (G, N, dim)."""
         if self.first:
             t = self.self_attn(t, t, t, seen)
         else:
             t = t + self.self_attn(t + code, t + code, t, seen)
         t = self.norm1(t)
         there, back = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        t = self.norm2(t + (there.from_image(t + code, image, image_code) if fold else there(t + code, image + image_code, image)))
+        placed = image + image_code
+        t = self.norm2(t + (there.from_image(t + code, image, placed, counts) if fold else there(t + code, placed, image)))
         t = self.norm3(t + self.mlp(t))
         if fold:
-            return t, self.norm4(image + back.to_image(image, image_code, t + code, t, seen))
-        return t, self.norm4(image + back(image + image_code, t + code, t, seen))
+            return t, self.norm4(back.to_image(image, placed, t + code, t, seen, counts))
+        return t, self.norm4(image + back(placed, t + code, t, seen))
+
+
+SHARED = 3  # prompts of an image from which on projecting its cells once is less work than folding their weights into each prompt
 
 
 class TwoWayTransformer(nn.Module):
@@ -231,16 +259,24 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(dim, heads, 2)
         self.norm_final_attn = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, image: Tensor, image_code: Tensor, tokens: Tensor, seen: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """image (P, h*w, dim), image_code (h*w, dim), tokens (P, T, dim) -> (tokens, image) after each block."""
+    def forward(
+        self, image: Tensor, counts: list[int], image_code: Tensor, tokens: Tensor, seen: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and cells (P, h*w, dim) after each block.
+
+        image (G, h*w, dim), each for `counts` of the prompts, in their order; image_code (h*w, dim), tokens (P, T, dim).
+        """
         t, out, last = tokens, [], self.final_attn_token_to_image
         fold = not torch.is_grad_enabled() and last.folds(tokens.shape[1])
+        shared = counts if fold and len(tokens) >= SHARED * len(image) else None
+        if not shared and len(image) < len(tokens):
+            image = spread(image, counts)
         for layer in self.layers:
-            t, image = layer(t, image, tokens, image_code, seen, fold)
+            t, image = layer(t, image, tokens, image_code, seen, fold, shared)
+            shared = None  # from here on each prompt has cells of its own
             out.append((t, image))
-        t = self.norm_final_attn(
-            t + (last.from_image(t + tokens, image, image_code) if fold else last(t + tokens, image + image_code, image))
-        )
+        placed = image + image_code
+        t = self.norm_final_attn(t + (last.from_image(t + tokens, image, placed, None) if fold else last(t + tokens, placed, image)))
         out[-1] = (t, image)
         return out
 
@@ -276,12 +312,15 @@ class MaskDecoder(nn.Module):
         x = act(up2(x) + stride2)
         return x + F.gelu(self.refine(x))
 
-    def masks(self, tokens: Tensor, upscaled: Tensor, which: range) -> Tensor:
-        """Logits (P, len(which), 4s, 4s) of the chosen mask tokens."""
-        weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], 1)
-        return (weights @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+    def kernels(self, tokens: Tensor, which: range) -> Tensor:
+        """What makes masks of upscaled features, (P, len(which), dim / 8), of the chosen mask tokens."""
+        return torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], 1)
 
-    def masks_of_cells(self, tokens: Tensor, x: Tensor, size: tuple[int, int], which: range) -> Tensor:
+    def masks(self, kernels: Tensor, upscaled: Tensor) -> Tensor:
+        """Logits (P, M, 4s, 4s) of kernels (P, M, dim / 8)."""
+        return (kernels @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+
+    def masks_of_cells(self, kernels: Tensor, x: Tensor, size: tuple[int, int]) -> Tensor:
         """What `masks` makes of what `upscale` makes of cells (P, h * w, dim), for a head without skips; equal but for rounding.
 
         Matrix products with the channels last. The 2 x 2, then 4 x 4, pixels that grow out of a cell stay with it until the end, so
@@ -291,9 +330,8 @@ class MaskDecoder(nn.Module):
         up1, norm, act, up2, _ = layers
         x = act(norm.by_pixel(_grown(up1, x)))  # (P, h * w, 4, c)
         x = act(_grown(up2, x).flatten(2, 3))  # (P, h * w, 16, c)
-        weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], -1)  # (P, c, M)
         h, w = size
-        cells = (x @ weights[:, None]).view(len(x), h, w, 2, 2, 2, 2, -1)
+        cells = (x.flatten(1, 2) @ kernels.transpose(1, 2)).view(len(x), h, w, 2, 2, 2, 2, -1)
         return cells.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(x), -1, 4 * h, 4 * w)
 
 
@@ -327,11 +365,13 @@ class SamHead(nn.Module):
         masks: Tensor | None = None,
         which: range = range(MASK_TOKENS),
         intermediate: bool = False,
+        best: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (P, len(which), 4s, 4s), predicted IoU (P, len(which)), and the logits after the first block if asked for.
+        """Logits (P, M, 4s, 4s), predicted IoU (P, M), and the logits after the first block if asked for. M is len(which).
 
         features: embedding (B, dim, s, s) and, for heads with skips, stride 4 and 2. owner (P,): each prompt's image.
         points (P, K, 2) in the 1024 frame, labels (P, K), masks (P, 1, 4s, 4s).
+        best: of each prompt's masks only the one with the highest predicted IoU is made, M = 1.
         """
         prompt, decoder = self.prompt_encoder, self.mask_decoder
         embedding = features[0]
@@ -342,9 +382,17 @@ class SamHead(nn.Module):
         seen = None
         if bool((labels == ABSENT).any()):
             seen = F.pad(labels != ABSENT, (fixed.shape[1], 0), value=True)[:, None, None]
-        source = embedding[owner] + prompt.embed(points, labels, masks, size)
+        added = prompt.embed(points, labels, masks, size)
+        if len(added) == len(owner):
+            source, counts = embedding[owner] + added, [1] * len(owner)
+        else:  # the same for all prompts of an image
+            images, run = owner.unique_consecutive(return_counts=True)
+            source, counts = embedding[images] + added, run.tolist()
         image_code = prompt.pe_layer.grid(size)
-        steps = decoder.transformer(source.flatten(2).transpose(1, 2), image_code, tokens, seen)
+        steps = decoder.transformer(source.flatten(2).transpose(1, 2), counts, image_code, tokens, seen)
+        t = steps[-1][0]
+        iou = decoder.iou_prediction_head(t[:, 0])[:, which.start : which.stop]
+        top = iou.argmax(1, keepdim=True) if best else None
         finer = None
         if decoder.skips:
             # projected once per image, then handed to each prompt
@@ -355,11 +403,11 @@ class SamHead(nn.Module):
             )
         answers = []
         for t, image in steps if intermediate else steps[-1:]:
+            kernels = decoder.kernels(t, which)
+            if top is not None:
+                kernels = kernels.take_along_dim(top[..., None], 1)
             if finer is None and not torch.is_grad_enabled():
-                answers.append(decoder.masks_of_cells(t, image, size, which))
-                continue
-            upscaled = decoder.upscale(image.transpose(1, 2).unflatten(-1, size), finer)
-            answers.append(decoder.masks(t, upscaled, which))
-        t = steps[-1][0]
-        iou = decoder.iou_prediction_head(t[:, 0])[:, which.start : which.stop]
-        return answers[-1], iou, answers[0] if intermediate else None
+                answers.append(decoder.masks_of_cells(kernels, image, size))
+            else:
+                answers.append(decoder.masks(kernels, decoder.upscale(image.transpose(1, 2).unflatten(-1, size), finer)))
+        return answers[-1], iou if top is None else iou.gather(1, top), answers[0] if intermediate else None
