@@ -111,6 +111,8 @@ def _network(plan: TrainPlan, stage: Stage) -> nn.Module:
     else:
         entry = catalog.row(catalog.MODELS, plan.model, "model")
         network = catalog.resolve(entry)(**entry.args)
+        if not isinstance(network, DepthSeg):
+            raise DepthsegError(f"{plan.model} cannot be trained here", "Choose nano or an EfficientViT-SAM, with or without depth.")
     if stage.task == "masks" and plan.stage != "0" and not plan.init:
         raise DepthsegError(f"stage {plan.stage} starts from a trained model", "Pass --init with its weights.")
     if plan.init:

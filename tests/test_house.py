@@ -22,7 +22,7 @@ LAYERS = {
     "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
     "truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "models losses numerics",
-    "stages": "detect depth tasks weights pretrained",
+    "stages": "detect depth tasks weights pretrained fast_sam",
     "segment": "segment asking",
     "verbs": "evaluate train bench",
     "edge": "options terminal config doctor segment_cli weights_cli models_cli eval_cli convert_cli cli __main__",
@@ -31,8 +31,8 @@ LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy", "lvis"},
-    "tensors": {"torch", "torchvision", "timm", "safetensors"},
-    "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
+    "tensors": {"torch", "torchvision", "timm", "safetensors", "transformers"},
+    "stages": {"filelock", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
     "verbs": set(),
     "edge": {"typer", "rich"},
