@@ -35,10 +35,10 @@ class FastSam(nn.Module):
     def __init__(self, variant: str):
         super().__init__()
         package("FastSAM", "use another model")
-        from ultralytics.nn.tasks import SegmentationModel
+        from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 
         with torch.device("cpu"):  # it computes its strides by a real pass
-            self.image_encoder = SegmentationModel(f"yolov8{variant}-seg.yaml", nc=1, verbose=False)
+            self.image_encoder = SegmentationModel(yaml_model_load(f"yolov8{variant}-seg.yaml") | {"nc": 1}, verbose=False)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         strides = self.image_encoder.model[-1].stride

@@ -101,7 +101,7 @@ VARIANTS = {
 }
 
 # The first lines are Hugging Face's names of the head, the last ones both publishers' names of the encoder.
-_HEAD = (
+HEAD = (
     (r"^(prompt_encoder\.shared_embedding|shared_image_embedding)\.positional_embedding$",
      "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
     (r"\.point_embed\.", ".point_embeddings."),
@@ -114,7 +114,7 @@ _HEAD = (
     *((rf"(iou_prediction_head|output_hypernetworks_mlps\.\d)\.{theirs}\.", rf"\1.{ours}.")
       for theirs, ours in ((r"layers\.0", "layers.1"), ("proj_in", "layers.0"), ("proj_out", "layers.2"))),
 )  # fmt: skip
-_ENCODER = (
+ENCODER = (
     (r"^vision_encoder\.", "image_encoder."),
     (r"^image_encoder\.patch_embed\.proj\.", "image_encoder.patch_embed.projection."),
     (r"^image_encoder\.blocks\.(\d+)\.norm(\d)\.", r"image_encoder.layers.\1.layer_norm\2."),
@@ -127,7 +127,7 @@ _ENCODER = (
 class VitEncoder(SamVisionEncoder):
     """transformers' SamVisionEncoder, a picture at a time."""
 
-    RENAMES = _ENCODER
+    RENAMES = ENCODER
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
         """(B, 3, 1024, 1024) -> (B, 256, 64, 64). One by one: the attention over a whole picture takes about 1 GiB for each."""
@@ -141,8 +141,8 @@ class SamVit(Sam):
         """As Sam.published; a folder in Hugging Face's format is taken too."""
         state = checkpoint.read(path / "model.safetensors" if path.is_dir() else path)
         if any(name.startswith("vision_encoder.") for name in state):
-            state = renamed(state, _HEAD)
-        return renamed(state, _ENCODER)
+            state = renamed(state, HEAD)
+        return renamed(state, ENCODER)
 
 
 def build(variant: str) -> SamVit:
