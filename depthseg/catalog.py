@@ -150,6 +150,7 @@ def _systems() -> dict[str, Row]:
             url=f"{_RAW}/yformer/EfficientSAM/main/weights/{file}",
             input=1024,
             licence="Apache-2.0",
+            note="takes no notice of negative points, and at most six points in a prompt, of which a box is two",
             millions=millions,
             gmacs=gmacs,
             score=score,

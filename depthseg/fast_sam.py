@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert, nms
 
 from depthseg.detect.yolo import opened, package
 from depthseg.errors import DepthsegError
@@ -92,14 +93,14 @@ class FastSam(nn.Module):
 
 def _masks(found: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, s, s) of every mask of one picture, cut off at its box, and confidence (N,); best first."""
-    from ultralytics.utils.nms import non_max_suppression
-
-    (kept,) = non_max_suppression(found[None].float(), CONFIDENCE, NMS, max_det=MOST, nc=1)
-    logits = (kept[:, 6:] @ prototypes.float().flatten(1)).unflatten(1, prototypes.shape[1:])
-    x0, y0, x1, y1 = (kept[:, :4] / STRIDE).T[..., None]
+    found = found.T[found[4] > CONFIDENCE].float()  # (N, 37)
+    boxes = box_convert(found[:, :4], "cxcywh", "xyxy")
+    kept = nms(boxes, found[:, 4], NMS)[:MOST]  # ultralytics' own is a loop in Python where torchvision was not imported before
+    logits = (found[kept, 5:] @ prototypes.float().flatten(1)).unflatten(1, prototypes.shape[1:])
+    x0, y0, x1, y1 = (boxes[kept] / STRIDE).T[..., None]
     at = torch.arange(logits.shape[-1], device=logits.device) + 0.5
     inside = ((at >= y0) & (at < y1))[:, :, None] & ((at >= x0) & (at < x1))[:, None]
-    return torch.where(inside, logits, -logits.abs()), kept[:, 4]  # as steep outside as inside, so that the rim stays in its place
+    return torch.where(inside, logits, -logits.abs()), found[kept, 4]  # as steep outside as inside, so that the rim stays in its place
 
 
 def _chosen(every: Tensor, points: Tensor, labels: Tensor) -> Tensor:
