@@ -78,6 +78,8 @@ def predict(
     rules = PROTOCOLS[ask.protocol]
     if ask.prompt != "detector" and not any(len(rules.asked(t)) for t in dataset.truths):
         raise DepthsegError(f"{dataset.file} has no mask to ask for under these rules", "Choose other images or rules.", NOTHING_TO_DO)
+    if ask.prompt == "point":
+        segmenter.notes += segmenter.suits(max(ask.clicks), negatives=not rules.random)
     answers = click_answers if ask.prompt == "point" else box_answers
     failed: list[Failure] = []
     with predictions.Journal(folder, settings(dataset, segmenter, ask), dataset, overwrite) as journal:

@@ -19,22 +19,12 @@ from depthseg.errors import DepthsegError
 from depthseg.schema import Boxes, Image
 from depthseg.segment import Segmenter
 
-# Published: millions of parameters of the whole model, billions of multiply-adds of the encoder at its native input.
-PAPER = {
-    "efficientvit-sam-l0": (34.8, 35),  # EfficientViT-SAM (Zhang et al. 2024), Table 1
-    "efficientvit-sam-l1": (47.7, 49),
-    "efficientvit-sam-l2": (61.3, 69),
-    "efficientvit-sam-xl0": (117.0, 185),
-    "efficientvit-sam-xl1": (203.3, 322),
-    "efficientvit-sam-l2-depth": (118.7, 137),  # Depth-Aware EfficientViT-SAM (Zhou et al.)
-}
-
 
 def measure(name: str) -> dict[str, int]:
     """`params` of the whole network called `name`, and `macs`: multiply-adds of encoding one image at the native input."""
     entry = catalog.row(catalog.MODELS, name, "model")
     with torch.device("meta"), torch.no_grad():
-        network = catalog.resolve(entry)(**entry.args).eval()
+        network = catalog.resolve(entry)(**entry.args).eval().to("meta")
         picture = torch.empty(1, 3, entry.input, entry.input)
         with FlopCounterMode(display=False) as counter:
             network.encode(picture, picture if network.alpha is not None else None)

@@ -23,6 +23,7 @@ class Row:
     file: str | None = None  # weights: path below weights/ or below the user's cache
     hub: str | None = None  # Hugging Face repository that holds `file`, or the whole model (transformers)
     url: str | None = None  # direct address of `file`
+    folder: str | None = None  # Hugging Face repository whose folder --weights takes in the place of `file`
     inside: str | None = None  # path of the file in the hub's repository, where it is not `file`
     revision: str | None = None  # commit of the hub's repository
     sha256: str | None = None  # of `file`, or of the repository's model.safetensors; see _SHA256
@@ -46,7 +47,6 @@ WAYS = {  # how to go on without the weights of a model, a detector or a depth e
     "detector": f"use --detector nano, which is embedded, or {_PULL}",
     "depth": f"give --depth FOLDER with depth maps, use --depth nano, or {_PULL}",
     "boxes": "run `depthseg weights pull` on a machine with a network",
-    "teacher": "run `depthseg weights pull` on a machine with a network",
 }
 FREE_LICENCES = ("", "Apache-2.0")
 
@@ -87,6 +87,90 @@ def _models() -> dict[str, Row]:
             if v == "l2"
             else "",
             note="starts as the RGB model (alpha 0) until a trained depth branch is given with --weights",
+        )
+    return rows
+
+
+_WITH_VITDET = "COCO mask AP {} with ViTDet boxes (EfficientViT-SAM, Table 1)"
+_RAW = "https://raw.githubusercontent.com"
+_ULTRALYTICS = "https://github.com/ultralytics/assets/releases/download/v8.3.0"
+
+
+def _systems() -> dict[str, Row]:
+    """The other systems of the papers' tables."""
+    rows = {}
+    for size, file, megabytes, hub, millions, gmacs in (
+        ("b", "sam_vit_b_01ec64.pth", 375.0, "base", 93.7, 486.04),
+        ("l", "sam_vit_l_0b3195.pth", 1249.5, "large", 312.3, 1492.84),
+        ("h", "sam_vit_h_4b8939.pth", 2564.6, "huge", 641.1, 2980.54),
+    ):
+        rows[f"sam-vit-{size}"] = Row(
+            "depthseg.models.sam_vit:build",
+            {"variant": size},
+            file,
+            url=f"https://dl.fbaipublicfiles.com/segment_anything/{file}",
+            folder=f"facebook/sam-vit-{hub}",
+            megabytes=megabytes,
+            input=1024,
+            licence="Apache-2.0",
+            millions=millions,
+            gmacs=gmacs,
+            score=_WITH_VITDET.format(46.5) if size == "h" else "",
+        )
+    rows["mobile-sam"] = Row(
+        "depthseg.models.mobile_sam:build",
+        file="mobile_sam.pt",
+        url=f"{_RAW}/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt",
+        megabytes=40.7,
+        input=1024,
+        licence="Apache-2.0",
+        millions=9.8,
+        gmacs=38.77,
+        score=_WITH_VITDET.format(38.7),
+    )
+    rows["edge-sam"] = Row(
+        "depthseg.models.edge_sam:build",
+        file="edge_sam.pth",
+        url="https://huggingface.co/spaces/chongzhou/EdgeSAM/resolve/main/weights/edge_sam.pth",
+        input=1024,
+        licence="S-Lab-1.0: non-commercial use only",
+        note="rates masks by their stability",
+        millions=9.6,
+        gmacs=20.05,
+        score=_WITH_VITDET.format(42.1),
+    )
+    for size, file, millions, gmacs, score in (
+        ("ti", "efficient_sam_vitt.pt", 10.2, 102.27, "COCO mask AP 42.3 with ViTDet boxes (EfficientSAM, Table 5)"),
+        ("s", "efficient_sam_vits.pt.zip", 26.4, 245.62, _WITH_VITDET.format(44.4)),
+    ):
+        rows[f"efficient-sam-{size}"] = Row(
+            "depthseg.models.efficient_sam:build",
+            {"variant": size},
+            file,
+            url=f"{_RAW}/yformer/EfficientSAM/main/weights/{file}",
+            input=1024,
+            licence="Apache-2.0",
+            note="takes no notice of negative points, and at most six points in a prompt, of which a box is two",
+            millions=millions,
+            gmacs=gmacs,
+            score=score,
+        )
+    for size, megabytes, millions, gmacs, score in (
+        ("s", 23.7, 11.8, 51.09, ""),
+        ("x", 144.0, 71.8, 419.75, "COCO mask AP 37.9 with ViTDet boxes (EfficientSAM, Table 5)"),
+    ):
+        rows[f"fastsam-{size}"] = Row(
+            "depthseg.fast_sam:build",
+            {"variant": size},
+            f"FastSAM-{size}.pt",
+            url=f"{_ULTRALYTICS}/FastSAM-{size}.pt",
+            megabytes=megabytes,
+            input=1024,
+            licence="AGPL-3.0",
+            note="chooses among the masks that it finds without a prompt; needs the extra yolo",
+            millions=millions,
+            gmacs=gmacs,
+            score=score,
         )
     return rows
 
@@ -244,6 +328,7 @@ _SHA256 = {
     "yolov8x.pt": "3df4ada6b4dad6d657868f2fdf7faecfb34dcfccf3a25c4b82079064718524c8",
     "groundingdino_swint_ogc.pth": "3b3ca2563c77c69f651d7bd133e97139c186df06231157a64c507099c52bc799",
     "groundingdino_swinb_cogcoor.pth": "46270f7a822e6906b655b729c90613e48929d0f2bb8b9b76fd10a856f3ac6ab7",
+    "mobile_sam.pt": "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
@@ -290,7 +375,7 @@ def _pinned(rows: dict[str, Row]) -> dict[str, Row]:
     return {name: pin(entry) for name, entry in rows.items()}
 
 
-MODELS = _pinned(_models())
+MODELS = _pinned(_models() | _systems())
 DEPTHS = _pinned(_depths())
 DETECTORS = _pinned(_detectors())
 BOXES = {  # what the published tables of EfficientViT-SAM were made with: detections of COCO val2017 and LVIS val, for --boxes
@@ -305,16 +390,7 @@ BOXES = {  # what the published tables of EfficientViT-SAM were made with: detec
     )
     for name, megabytes in (("coco_vitdet", 38.1), ("coco_yolov8", 43.9), ("coco_groundingdino", 236), ("lvis_vitdet", 1310))
 }
-TEACHERS = _pinned({  # weights that can be fetched and verified; no command runs them yet
-    f"sam-vit-{size}": Row(
-        "", file=file, url=f"https://dl.fbaipublicfiles.com/segment_anything/{file}", input=1024, licence="Apache-2.0", role="teacher",
-        megabytes=megabytes, note="SAM, for distillation: no command runs it yet",
-    )
-    for size, file, megabytes in (
-        ("b", "sam_vit_b_01ec64.pth", 375.0), ("l", "sam_vit_l_0b3195.pth", 1249.5), ("h", "sam_vit_h_4b8939.pth", 2564.6),
-    )
-})  # fmt: skip
-TABLES = {"model": MODELS, "depth": DEPTHS, "detector": DETECTORS, "boxes": BOXES, "teacher": TEACHERS}
+TABLES = {"model": MODELS, "depth": DEPTHS, "detector": DETECTORS, "boxes": BOXES}
 
 
 def row(table: dict[str, Row], name: str, what: str) -> Row:

@@ -90,22 +90,15 @@ def models(
 
 
 def _measured(names: list[str], as_json: bool) -> None:
-    from depthseg.bench import PAPER, measure
+    from depthseg.bench import measure
+    from depthseg.published import SIZES
 
     rows = []
     for name in names:
-        got, paper = measure(name), PAPER.get(name)
-        rows.append(
-            [
-                name,
-                str(catalog.MODELS[name].input),
-                f"{got['params']:,}",
-                f"{paper[0]:.1f} M" if paper else "",
-                f"{got['macs'] / 1e9:.2f} G",
-                f"{paper[1]:.0f} G" if paper else "",
-            ]
-        )
-    listing(["model", "input", "parameters", "paper's parameters", "encoder MACs", "paper's MACs"], rows, as_json)
+        got = measure(name)
+        said = "; ".join(map(str, SIZES.get(name, ())))
+        rows.append([name, str(catalog.MODELS[name].input), f"{got['params']:,}", f"{got['macs'] / 1e9:.2f} G", said])
+    listing(["model", "input", "parameters", "encoder MACs", "published"], rows, as_json)
 
 
 def _listed(as_json: bool) -> None:

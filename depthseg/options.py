@@ -168,8 +168,9 @@ def check_names(plan: Plan) -> None:
 def check_files(plan: Plan, images_json: Path | None, pull: bool) -> None:
     """Refuse files that are not there, and, without `pull`, names whose weights are not."""
     for option, path in (("weights", plan.weights), ("boxes", plan.boxes), ("points", plan.points), ("images-json", images_json)):
-        if path and not Path(path).is_file():
-            raise DepthsegError(f"no such file: {path}", f"Check --{option}.")
+        folder = option == "weights" and catalog.MODELS[plan.model].folder
+        if path and not (Path(path).is_file() or (folder and Path(path).is_dir())):
+            raise DepthsegError(f"no such file{' or folder' if folder else ''}: {path}", f"Check --{option}.")
     wanted = {} if plan.weights else {plan.model: catalog.MODELS[plan.model]}
     if plan.depth in catalog.DEPTHS:
         wanted[plan.depth] = catalog.DEPTHS[plan.depth]

@@ -108,6 +108,35 @@ FIGURES = [
 ]
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a paper says a model costs."""
+
+    millions: float  # parameters of the whole model
+    gmacs: float | None  # multiply-adds of the encoder at its native input
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.millions:g} M{f', {self.gmacs:g} G' if self.gmacs else ''} ({self.source})"
+
+
+_EVIT, _ESAM, _EDGE, _AMR = "EfficientViT-SAM, Table 1", "EfficientSAM, Table 8", "EdgeSAM's README", "its reproduction with AMR"
+SIZES = {  # by the name in catalog.MODELS; what they count (encoder or all, with or without unused parts) differs as the numbers do
+    "efficientvit-sam-l0": (Size(34.8, 35, _EVIT),),
+    "efficientvit-sam-l1": (Size(47.7, 49, _EVIT),),
+    "efficientvit-sam-l2": (Size(61.3, 69, _EVIT),),
+    "efficientvit-sam-xl0": (Size(117.0, 185, _EVIT),),
+    "efficientvit-sam-xl1": (Size(203.3, 322, _EVIT),),
+    "efficientvit-sam-l2-depth": (Size(118.7, 137, "Depth-Aware EfficientViT-SAM"),),
+    "sam-vit-h": (Size(641.1, 2973, _EVIT), Size(641.1, 2734.8, _EDGE), Size(636, None, _ESAM), Size(632, None, f"EfficientSAM, {_AMR}")),
+    "mobile-sam": (Size(9.8, 39, _EVIT), Size(9.8, 38.2, _EDGE), Size(9.66, None, "MobileSAM's README")),
+    "edge-sam": (Size(9.6, 20, _EVIT), Size(9.6, 22.1, _EDGE)),
+    "efficient-sam-ti": (Size(10, None, _ESAM), Size(9.66, None, _AMR)),
+    "efficient-sam-s": (Size(25.3, 247, _EVIT), Size(25, None, _ESAM), Size(25.02, None, _AMR)),
+    "fastsam-x": (Size(68, None, "FastSAM's README"), Size(68.2, 887.6, _EDGE)),
+}
+
+
 def rows(dataset: str, prompt: str, detector: str = "") -> list[dict]:
     """One {"model", "source", "values": {metric: percent}} for each model and source, the depth paper's first."""
     found: dict[tuple[str, str], dict[str, float]] = {}

@@ -24,6 +24,9 @@ ABSENT = -10  # no token at all: fills ragged rows, is masked out of the attenti
 # SAM's normalisation, RGB, in grey levels.
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # RGB, of 0..1
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+GREY = 114 / 255  # YOLO's padding
 PROMPT_SIDE = 1024  # prompts live in a 1024 frame, whatever the encoder's input (EfficientViT-SAM, SAM)
 
 
@@ -264,6 +267,66 @@ class Frame:
             return Crop(np.zeros((1, 1), bool), (0, 0), self.size)
         (down, rows), (across, columns) = (axis.part(reach) for axis, reach in zip(axes, (y, x)))
         return Crop((across @ (down @ low[rows, columns]).T > 0).T, (x.start, y.start), self.size)
+
+
+@lru_cache(maxsize=64)
+def _bilinear(n_in: int, n_out: int) -> csr_array:
+    """(n_out, n_in) float32: bilinear interpolation along one axis, without smoothing first."""
+    return csr_array(_linear(n_in, n_out).astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def _bicubic(n_in: int, n_out: int) -> csr_array:
+    """(n_out, n_in) float32: cubic convolution with a = -0.75 along one axis, the edges repeated (torch's align_corners=False)."""
+    at = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    low, a = np.floor(at).astype(int), -0.75
+    m = np.zeros((n_out, n_in))
+    for tap in (-1, 0, 1, 2):
+        d = np.abs(at - low - tap)
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((d - 5) * d + 8) * d * a - 4 * a
+        np.add.at(m, (np.arange(n_out), np.clip(low + tap, 0, n_in - 1)), np.where(d <= 1, near, far))
+    return csr_array(m.astype(np.float32))
+
+
+def _sampled(pixels: Array, size: tuple[int, int]) -> Array:
+    """uint8 (h, w, 3) -> float32 (3, *size) in 0..1, bilinear without smoothing."""
+    rows, columns = (_bilinear(n_in, n_out) for n_in, n_out in zip(pixels.shape, size))
+    return np.stack([(columns @ (rows @ plane).T).T for plane in (pixels.astype(np.float32) / 255).transpose(2, 0, 1)])
+
+
+class StretchedFrame(Frame):
+    """EfficientSAM's: the picture fills the whole square whatever its shape, bilinear without smoothing, ImageNet's statistics."""
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    @property
+    def prompt_inner(self) -> tuple[int, int]:
+        return PROMPT_SIDE, PROMPT_SIDE
+
+    def image(self, pixels: Array) -> Array:
+        return (_sampled(pixels, self.inner) - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
+
+    def logits(self, low: Array) -> Array:
+        (h, w), s = self.size, low.shape[0]
+        return (_bicubic(s, w) @ (_bicubic(s, h) @ low).T).T
+
+    def mask(self, low: Array) -> Array:
+        return self.logits(low) >= 0  # everywhere: a cubic may be positive beside negative numbers
+
+
+class GreyFrame(Frame):
+    """YOLO's: the long side fills the square, bilinear without smoothing, values in 0..1, grey below or beside the picture.
+
+    ultralytics centres the picture between two grey bands; here, as everywhere, it lies in the upper left corner.
+    """
+
+    def image(self, pixels: Array) -> Array:
+        h, w = self.inner
+        x = np.full((3, self.side, self.side), GREY, np.float32)
+        x[:, :h, :w] = np.rint(255 * _sampled(pixels, (h, w))) / 255
+        return x
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ class Segmenter:
     def expect(self, images: Sequence[Image]) -> list[str]:
         """Compare the plan's own files with all images of a run, before it starts; the answers are warnings for the user.
 
-        Raises DepthsegError for boxes or clicks that fit two images or none of them, and for missing or misshapen depth maps.
+        Raises DepthsegError for boxes or clicks that fit two images or none of them, for clicks that are too many for the network, and
+        for missing or misshapen depth maps.
         """
         if isinstance(self.depth, DepthFolder):
             self.depth.check(images)
@@ -213,7 +214,21 @@ class Segmenter:
         names = list(dict.fromkeys(left))
         some = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         file = Path(self.plan.boxes or self.plan.points or "").name
-        return [f"warning: {len(left)} of {len(self.source)} entries of {file} name no image of this run: {some}"] if left else []
+        unheard = self.suits(self.source.most, self.source.negatives) if isinstance(self.source, PointsFile) else []
+        return unheard + (
+            [f"warning: {len(left)} of {len(self.source)} entries of {file} name no image of this run: {some}"] if left else []
+        )
+
+    def suits(self, most: int, negatives: bool) -> list[str]:
+        """Warnings for the user if clicks, at most so many in a prompt and some of them negative, do not suit the network.
+
+        Raises DepthsegError where it cannot take so many. A box counts as two.
+        """
+        name, limit = self.plan.model, self.network.most_points
+        if limit and most > limit:
+            hint = "Use fewer clicks, or another --model."
+            raise DepthsegError(f"{name} takes at most {limit} points in a prompt, of which a box counts as two, not {most}", hint)
+        return [f"warning: {name} takes no notice of negative points"] if negatives and not self.network.hears_negatives else []
 
     def segment(self, images: Iterable[Image]) -> Iterator[Record | Failure]:
         """A Record, or a Failure, for each image, in order. Memory is bounded by the batch, not by the number of images.
@@ -293,7 +308,7 @@ class Segmenter:
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
-        frames = [Frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
+        frames = [self.network.frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
         with self.timed(spent, "encode"), inference(self.device, self.precision):
             rgb = self._tensor(np.stack([f.image(v.pixels) for f, v in zip(frames, views)]))
             maps = [f.depth(v.depth) for f, v in zip(frames, views) if v.depth is not None]

@@ -14,7 +14,7 @@ from depthseg.asking import other_depth, segmenter_for
 from depthseg.errors import DepthsegError
 from depthseg.evaluate import from_file, run
 from depthseg.plan import Plan
-from depthseg.schema import Boxes, Prompts
+from depthseg.schema import Boxes, Frame, Prompts
 from depthseg.score import Request, filled_box, inscribed_ellipse
 from depthseg.segment import Segmenter, View
 
@@ -26,6 +26,7 @@ class Bright(nn.Module):
     """
 
     side, zoom_side, alpha, single_mask_for = 64, 64, None, "never"
+    frame, most_points, hears_negatives = Frame, None, True
 
     def __init__(self):
         super().__init__()

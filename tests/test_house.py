@@ -22,7 +22,7 @@ LAYERS = {
     "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
     "packs truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "backends models losses numerics",
-    "stages": "detect depth tasks weights pretrained",
+    "stages": "fast_sam detect depth tasks weights pretrained",
     "segment": "exactness segment asking",
     "training": "learner curves preflight validation",
     "verbs": "evaluate train bench",
@@ -32,7 +32,7 @@ LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy", "lvis"},
-    "tensors": {"torch", "torchvision", "timm", "safetensors", "openvino"},
+    "tensors": {"torch", "torchvision", "timm", "safetensors", "transformers openvino"},
     "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
     "training": {"tensorboard", "matplotlib"},

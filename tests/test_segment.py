@@ -14,7 +14,7 @@ from depthseg.data import Failure, find
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.models.depthseg import DepthSeg
 from depthseg.plan import Plan
-from depthseg.schema import CORNER_MIN, Boxes, Crop, Image, Prompts, Record
+from depthseg.schema import CORNER_MIN, Boxes, Crop, Frame, Image, Prompts, Record
 from depthseg.segment import Segmenter, View
 
 
@@ -22,6 +22,7 @@ class Bright(nn.Module):
     """Features are the brightness at half the input; a mask is what is bright, inside the box if there is one."""
 
     side, zoom_side, alpha, single_mask_for = 64, 64, None, "never"
+    frame, most_points, hears_negatives = Frame, None, True
 
     def __init__(self):
         super().__init__()

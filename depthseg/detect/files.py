@@ -12,7 +12,7 @@ import numpy as np
 from depthseg.data import Failure, read_ahead
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.formats import atomic
-from depthseg.schema import ABSENT, Array, Boxes, Image, Prompts
+from depthseg.schema import ABSENT, NEGATIVE, Array, Boxes, Image, Prompts
 
 _MOST = 1e38  # the sum of two such numbers is still one in float32; NaN is not below it
 _POINTS = 1000  # of one prompt: the others of the image are filled up to as many
@@ -260,6 +260,16 @@ class PointsFile:
     def categories(self, image: Image) -> Array:
         """The category_id (P,) int64 of each prompt of this image, 1 where the file gives none."""
         return np.array([self._label[at] for at in self._entries.of(image.key)], np.int64)
+
+    @property
+    def most(self) -> int:
+        """Points of the largest prompt; a box counts as two."""
+        return max((int((p.labels >= 0).sum()) for p in self._prompts), default=0)
+
+    @property
+    def negatives(self) -> bool:
+        """Whether some points are negative."""
+        return any((p.labels == NEGATIVE).any() for p in self._prompts)
 
     def __len__(self) -> int:
         return len(self._label)

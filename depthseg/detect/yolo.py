@@ -19,6 +19,49 @@ SIDE = 640  # pixels, as trained
 NMS = 0.7  # of its own suppression: ultralytics' default
 
 
+def package(who: str, instead: str) -> Any:
+    """The package ultralytics, offline and silent, without what it does to other packages.
+
+    who needs it, and what can be done instead, are for the message where it is missing.
+    """
+    os.environ.update(  # read once, when ultralytics is imported
+        YOLO_OFFLINE="true",  # no probe, no analytics, no download
+        YOLO_AUTOINSTALL="false",  # it would run pip by itself
+        YOLO_VERBOSE="false",
+        YOLO_CONFIG_DIR=str(catalog.cache() / "ultralytics"),  # it writes a settings file
+        ULTRALYTICS_SAFE_LOAD="1",  # its checkpoints are pickles: admit only its own classes
+    )
+    import torch
+
+    theirs = PILImage.open, torch.save
+    try:
+        import ultralytics
+
+        _ = ultralytics.YOLO  # here the real import happens
+    except ImportError as e:
+        install = f"Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or {instead}."
+        raise DepthsegError(f"{who} needs the package ultralytics ({e})", install, MISSING_PIECE) from e
+    finally:  # ultralytics replaces both in the whole process; its Image.open raises ModuleNotFoundError for a broken picture
+        PILImage.open, torch.save = theirs  # type: ignore[assignment]
+    if ultralytics.settings["sync"]:
+        ultralytics.settings.update({"sync": False})  # analytics
+    return ultralytics
+
+
+def opened(network: Any, path: Path) -> Any:
+    """What a class of ultralytics makes of a checkpoint. Raises DepthsegError."""
+    if path.suffix != ".pt":  # a .yaml would become a random model, an .onnx would look for another runtime
+        raise DepthsegError(f"{path} is not an ultralytics checkpoint: its name does not end in .pt", "Give a .pt file.")
+    try:
+        return network(str(path), verbose=False)
+    except Exception as e:  # whatever unpickling a foreign file may raise
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise DepthsegError(
+            f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})",
+            "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
+        ) from e
+
+
 class Yolo:
     """YOLOv8 by ultralytics (AGPL-3.0, an optional extra), offline and silent.
 
@@ -36,41 +79,14 @@ class Yolo:
         classes: Sequence[str] = (),
     ):
         path = catalog.there(path, "YOLO", "detector")
-        if path.suffix != ".pt":  # a .yaml would become a random model, an .onnx would look for another runtime
-            raise DepthsegError(f"{path} is not an ultralytics checkpoint: its name does not end in .pt", "Give a .pt file.")
-        os.environ.update(  # read once, when ultralytics is imported
-            YOLO_OFFLINE="true",  # no probe, no analytics, no download
-            YOLO_AUTOINSTALL="false",  # it would run pip by itself
-            YOLO_VERBOSE="false",
-            YOLO_CONFIG_DIR=str(catalog.cache() / "ultralytics"),  # it writes a settings file
-            ULTRALYTICS_SAFE_LOAD="1",  # its checkpoints are pickles: admit only its own classes
-        )
+        network = package("YOLO", "use --detector nano").YOLO
         import torch
 
-        theirs = PILImage.open, torch.save
-        try:
-            import ultralytics
-
-            network = ultralytics.YOLO  # here the real import happens
-        except ImportError as e:
-            install = "Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or use --detector nano."
-            raise DepthsegError(f"YOLO needs the package ultralytics ({e})", install, MISSING_PIECE) from e
-        finally:  # ultralytics replaces both in the whole process; its Image.open raises ModuleNotFoundError for a broken picture
-            PILImage.open, torch.save = theirs  # type: ignore[assignment]
-        if ultralytics.settings["sync"]:
-            ultralytics.settings.update({"sync": False})  # analytics
         self.device = torch.device(device)
         self.confidence, self.max_boxes = confidence, max_boxes
         self._half = precision == "fp16" and self.device.type == "cuda"
-        try:
-            self._model = network(str(path), verbose=False)
-            self.names = {int(i): str(name) for i, name in self._model.names.items()}
-        except Exception as e:  # whatever unpickling a foreign file may raise
-            reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise DepthsegError(
-                f"{path} is not a readable YOLO checkpoint ({reason[0][:120]})",
-                "It may be damaged: `depthseg weights rm` and `depthseg weights pull` fetch it again.",
-            ) from e
+        self._model = opened(network, path)
+        self.names = {int(i): str(name) for i, name in self._model.names.items()}
         if self._model.task not in ("detect", "segment"):
             raise DepthsegError(f"{path} is a YOLO model for '{self._model.task}', which gives no boxes", "Use a detection model.")
         count = max(self.names, default=-1) + 1

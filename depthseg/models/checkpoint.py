@@ -2,6 +2,7 @@
 difference. No file is ever allowed to run code.
 """
 
+import io
 import pickle
 import re
 import zipfile
@@ -76,18 +77,31 @@ def _from_file(path: Path) -> Any:
     if path.suffix == ".pkl":
         with path.open("rb") as file:
             return _pickled(file)
-    if zipfile.is_zipfile(path):  # torch stores its tensors as they are: what unpacks to more is a bomb
+    if path.suffix == ".zip":  # as EfficientSAM-S is published
         with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            (part,) = [p for p in archive.infolist() if p.filename.endswith(".pt") and not p.filename.startswith("__MACOSX")]
+            if part.file_size > 4 * path.stat().st_size:  # weights hardly become smaller
+                raise ValueError("it would unpack to many times its own size")
+            return _torch(io.BytesIO(archive.read(part)), part.file_size)
+    with path.open("rb") as file:
+        return _torch(file, path.stat().st_size)
+
+
+def _torch(file: IO[bytes], size: int) -> Any:
+    """What torch wrote into a file of so many bytes."""
+    if zipfile.is_zipfile(file):  # torch stores its tensors as they are: what unpacks to more is a bomb
+        with zipfile.ZipFile(file) as archive:
+            if sum(part.file_size for part in archive.infolist()) > size:
                 raise ValueError("it would unpack to more than its own size")
+    file.seek(0)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # torch's own words tell how to run the code that is in the file
         raise ValueError("it holds something else than tensors") from e
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: safetensors, a torch file (flat, or under `state_dict` or `model`), or a .pkl.
+    """The tensors of a checkpoint by name: safetensors, a torch file (flat, or under `state_dict` or `model`; also zipped), or a .pkl.
 
     Never executes code from the file. Raises DepthsegError when there is no such file or it is no checkpoint.
     """
@@ -136,7 +150,7 @@ def load_into(network: nn.Module, path: Path) -> None:
     A plain checkpoint fits a depth-aware network: it becomes the RGB branch and the head, and alpha is set to 0, so that the
     network computes exactly the RGB model. Raises DepthsegError with the difference otherwise.
     """
-    state = read(path)
+    state = network.published(path) if hasattr(network, "published") else read(path)  # type: ignore[operator]
     alpha = getattr(network, "alpha", None)
     if alpha is not None and "alpha" not in state and not any(k.startswith("depth_encoder.") for k in state):
         own = network.state_dict()

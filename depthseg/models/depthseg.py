@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from depthseg.models.efficientvit import VARIANTS, ImageEncoder
 from depthseg.models.sam import SamHead
+from depthseg.schema import Frame
 
 Features = tuple[Tensor, ...]
 
@@ -19,8 +20,13 @@ class DepthSeg(SamHead):
     side: native encoder input. alpha: learnable scalar, None without depth branch. single_mask_for: "never" (the official protocol:
     three masks, the best predicted IoU wins, for every prompt) or "unambiguous" (boxes and three or more clicks take token 0).
     grid_limits: predicted IoU and stability under which everything mode drops a mask. specks: holes and islands of a mask under this
-    share of its area are filled or dropped.
+    share of its area are filled or dropped. frame: how a picture lies in the input. most_points: of one prompt, a
+    box being two; None for any number. hears_negatives: whether negative points mean something to it.
     """
+
+    frame = Frame
+    most_points: int | None = None
+    hears_negatives = True
 
     def __init__(self, variant: str, depth: bool):
         v = VARIANTS[variant]
