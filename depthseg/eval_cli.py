@@ -76,6 +76,10 @@ def evaluate(
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
+    refine: opt.Refine = Plan.refine,
+    refine_rounds: opt.RefineRounds = Plan.refine_rounds,
+    refine_points: opt.RefinePoints = Plan.refine_points,
+    refine_below: opt.RefineBelow = Plan.refine_below,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,

@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 # names in the table of names; a test below resolves them all.
 LAYERS = {
     "ground": "depthseg errors plan catalog",
-    "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
+    "data": "schema masks prompts refine data selection journal sink formats metrics sa1b augment "
     "truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
