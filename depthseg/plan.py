@@ -17,6 +17,8 @@ CONFIDENCE = 0.25  # of a detector that is built without a plan
 MAX_BOXES = 100  # of a detector, where the plan says nothing
 READER = "groundingdino-tiny"  # the detector that auto takes for text
 
+TABLES = {1: "detector", 2: "point", 3: "box"}  # prompts of the depth paper's tables, which are EfficientViT-SAM's
+
 REFINEMENTS = {
     "none": "the first answer",
     "amr": "a second pass with points on the rim of a broken or ragged mask, else in its middle, kept if its predicted IoU is higher",

@@ -20,12 +20,12 @@ README = ROOT / "README.md"
 LAYERS = {
     "ground": "depthseg errors plan catalog",
     "data": "schema masks prompts refine data selection journal sink formats metrics sa1b augment "
-    "truth protocols predictions ap fates score published page report gallery compare album outlines export",
+    "truth protocols predictions ap fates score published page report tables gallery compare album outlines export",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
     "segment": "segment asking",
     "verbs": "evaluate train bench",
-    "edge": "options terminal config doctor segment_cli weights_cli models_cli eval_cli convert_cli cli __main__",
+    "edge": "options terminal config doctor segment_cli weights_cli models_cli table_cli eval_cli convert_cli cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
