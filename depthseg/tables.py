@@ -4,6 +4,7 @@ Knows no model and runs none. A cell of a table is one model on one data set wit
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import NamedTuple
 
 from depthseg import page, published
@@ -46,7 +47,7 @@ def layout(number: int, cells: Mapping[tuple[str, str], dict], models: Sequence[
     for column, report in some.items():
         data, state = report["dataset"], report["state"]
         left = f", {state['left_out']:,} left out" if state["left_out"] else ""
-        notes.append(f"{column}: {state['done']:,} images of {data['annotations']}{left}.")
+        notes.append(f"{column}: {state['done']:,} images of {PurePath(data['annotations']).name}{left}.")
     for (column, model), report in cells.items():
         if failed := report["state"]["failed"]:
             notes.append(f"{model} on {column}: {len(failed)} images FAILED and are not in the scores.")

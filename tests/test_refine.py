@@ -1,5 +1,7 @@
 """Adaptive mask refinement: what it sees in a mask, where it clicks, what it keeps; and the mirror image."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,15 @@ def test_segment_with_every_refinement(run, pictures, tmp_path):
     assert run("segment", pictures, "-o", tmp_path / "none", "--model", "nano", "--detector", "nano", "--refine", "amr")[0] == 2
     code, _, err = run("segment", pictures, "-o", tmp_path / "x", "--refine", "arm")
     assert code == 2 and "amr" in err and "hint: " in err
+
+
+def test_a_refined_evaluation_says_so(run, pictures, coco_file, tmp_path):
+    words = ["eval", "--images", pictures, "--annotations", coco_file, "--model", "nano", "--only", "a.png"]
+    code, stdout, err = run(*words, "--refine", "amr", "--refine-rounds", "2", "--refine-below", "0.9", "-o", tmp_path / "o")
+    assert code == 0 and "Refined (amr): a second pass" in " ".join(stdout.split()), err
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["provenance"]["plan"]["refine_rounds"] == 2 and "refine" in report["speed"]["stages"]
+    code, _, err = run(*words, "-o", tmp_path / "o")
+    assert code == 2 and "plan.refine (was 'amr', is 'none')" in err
+    code, _, err = run(*words, "--refine-points", "3")
+    assert code == 2 and "Add --refine amr" in err

@@ -17,7 +17,7 @@ def report(prompt="box", values=(60.0, 50.0, 61.25, None), figures=True, failed=
         "clicks": clicks,
         "metrics": dict(zip(names, values, strict=False)),
         "published": rows if figures else None,
-        "dataset": {"annotations": "val.json"},
+        "dataset": {"annotations": "coco/val.json"},
         "state": {"done": 5000, "left_out": 0, "failed": list(failed)},
         "protocol_in_words": ["Protocol official."],
     }
