@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from depthseg import catalog
+from depthseg import catalog, table_cli
 from depthseg import options as opt
 from depthseg.errors import REGRESSION, SOME_FAILED, DepthsegError
-from depthseg.options import DEPTH, INPUT, OUTPUT, PROMPTS, RUN
-from depthseg.plan import Plan
+from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, PROMPTS, RUN
+from depthseg.plan import TABLES, Plan
 from depthseg.terminal import FAILURES_SHOWN, downloads, interruptible, number, progress, say, table, take, write_json
 
 IMAGES_SHOWN = 5  # of those that got better, and worse
+CLICKS = {"efficientsam": "1,3", "amr": "2"}  # after which the papers score, where it is not 1, 3 and 5
 ALIKE = {"map": "ap", "map50": "ap50", "map75": "ap75"}  # other words for our metrics
 
 
@@ -42,10 +43,24 @@ def evaluate(
             rich_help_panel=PROMPTS,
         ),
     ] = "box",
-    clicks: Annotated[str, typer.Option(help="point: score after so many clicks.", rich_help_panel=PROMPTS)] = "1,3,5",
+    clicks: Annotated[
+        str | None,
+        typer.Option(
+            help="point: score after so many clicks; without it 1,3,5, for efficientsam 1,3 and for amr 2.",
+            rich_help_panel=PROMPTS,
+            show_default=False,
+        ),
+    ] = None,
     protocol: Annotated[
-        Literal["official", "strict", "efficientsam"],
-        typer.Option(help="Rules of prompting and scoring; the report has them in words.", rich_help_panel=PROMPTS),
+        Literal["official", "strict", "efficientsam", "amr"],
+        typer.Option(
+            help="Rules of prompting and scoring, which the report has in words. "
+            "official (EfficientViT-SAM, the depth paper): bbox fields as boxes; clicks at the deepest error; of a detector's box the "
+            "candidate of the highest predicted IoU; crowds count. strict: likewise, without crowds, sizes on a bound counted once. "
+            "efficientsam: tightest boxes of the masks; random clicks in the mask; the candidate with the highest IoU with the box. "
+            "amr (adaptive mask refinement): tightest boxes; two random clicks in the mask.",
+            rich_help_panel=PROMPTS,
+        ),
     ] = "official",
     rank: Annotated[
         Literal["detector", "predicted_iou", "product"],
@@ -74,8 +89,27 @@ def evaluate(
         typer.Option("--ablate-depth", help="Again without depth, with a constant, and with other images' depth.", rich_help_panel=DEPTH),
     ] = False,
     model: opt.ModelName = Plan.model,
+    table_number: Annotated[
+        int | None,
+        typer.Option(
+            "--table",
+            min=1,
+            max=3,
+            help="A table of the papers: 1 boxes of detectors, 2 clicks, 3 true boxes; an evaluation for each of --models, in "
+            "DIR/table3/coco/nano and so on. Whole pictures, unless --zoom is given. Goes on where it was stopped.",
+            rich_help_panel=MODEL,
+            show_default=False,
+        ),
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="--table: the rows, separated by commas.", rich_help_panel=MODEL, metavar="NAMES")
+    ] = None,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
+    refine: opt.Refine = Plan.refine,
+    refine_rounds: opt.RefineRounds = Plan.refine_rounds,
+    refine_points: opt.RefinePoints = Plan.refine_points,
+    refine_below: opt.RefineBelow = Plan.refine_below,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
@@ -97,8 +131,21 @@ def evaluate(
 
     [bold]depthseg eval --images val/ --annotations instances_val.json -o report[/bold]   true boxes (Table 3)\n
     [bold]depthseg eval ... --prompt point --clicks 1,3,5[/bold]   clicks (Table 2)\n
-    [bold]depthseg eval ... --prompt detector --boxes coco_vitdet.json[/bold]   a detector's boxes (Table 1)
+    [bold]depthseg eval ... --prompt detector --boxes coco_vitdet.json[/bold]   a detector's boxes (Table 1)\n
+    [bold]depthseg eval ... --table 3 --models nano,efficientvit-sam-l2 -o tables[/bold]   the whole table
     """
+
+    def named(*options: str) -> list[str]:  # on the command line: a setting for all commands is no mistake
+        return [n for n in options if str(ctx.get_parameter_source(n)).endswith("COMMANDLINE")]
+
+    if (table_number is None) != (models is None):
+        raise DepthsegError("a table needs its number and its rows", "Give --table 3 and --models a,b,c together.")
+    if table_number:
+        if alone := named("prompt", "model", "predictions", "ablate_depth", "expect"):
+            raise DepthsegError(f"--{alone[0].replace('_', '-')} is for a single evaluation", "Leave it out, or --table.")
+        if output is None:
+            raise DepthsegError("a table is kept in a folder, to go on from there", "Add -o DIR.")
+        prompt, zoom = TABLES[table_number], bool(zoom)  # type: ignore[assignment]
     given = {name: value for name, value in locals().items() if name in Plan.__dataclass_fields__}
     if prompt != "detector":
         given |= {name: getattr(Plan, name) for name in ("boxes", "text", "classes", "detector_weights")} | {"detector": "grid"}
@@ -111,12 +158,15 @@ def evaluate(
         return _gate(_depth(images, depth, device, precision, backend, output, pull, as_json), wanted)
     if annotations is None:
         raise DepthsegError("no ground truth was named", "Add --annotations FILE.")
-    counts = _counts(clicks)
-    of_detector = ("detector", "boxes", "text", "classes", "detector_weights")
-    named = [n for n in of_detector if str(ctx.get_parameter_source(n)).endswith("COMMANDLINE")]
-    if prompt != "detector" and named:  # a setting for all commands is no mistake
-        raise DepthsegError(f"the prompts are the truth's ({prompt}), and a detector or its boxes are named", "Add --prompt detector.")
-    if predictions is None:
+    counts = _counts(clicks or CLICKS.get(protocol, "1,3,5"))
+    of_detector = named("detector", "boxes", "text", "classes", "detector_weights")
+    if prompt != "detector" and of_detector:
+        raise DepthsegError(
+            f"the prompts are the truth's ({prompt}), and a detector or its boxes are named", "Add --prompt detector, or take --table 1."
+        )
+    if table_number:
+        rows = table_cli.plans(plan, models or "", pull)
+    elif predictions is None:
         opt.check_files(plan, None, pull)
     elif ablate_depth:
         raise DepthsegError("predictions of a file cannot be asked again", "Leave --ablate-depth or --predictions out.")
@@ -135,7 +185,10 @@ def evaluate(
         how: dict[str, Any] = {"pictures": bool(output), "command": shlex.join(["depthseg", *sys.argv[1:]])}
         for name, *_ in wanted:
             catalog.row(dict.fromkeys(score.names_of(ask, data.kind), catalog.Row("")), name, "metric of this evaluation")
-        if predictions:
+        if table_number and output:
+            command = str(how["command"])
+            made, failed = table_cli.run(table_number, rows, data, ask, output, pull, command, overwrite, bool(of_detector))
+        elif predictions:
             report = run.from_file(data, predictions, ask, folder, **how)
         else:
             with downloads() as fetched:
@@ -145,6 +198,9 @@ def evaluate(
                     say(note)
             with progress("images") as show:
                 report = run.run(data, segmenter, ask, folder, overwrite=overwrite, ablate=ablate_depth, progress=show, **how)
+    if table_number:
+        table_cli.show(made, as_json)
+        raise typer.Exit(SOME_FAILED if failed else 0)
     if as_json:
         typer.echo(json.dumps(report))
     else:

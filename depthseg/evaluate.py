@@ -63,6 +63,7 @@ def run(
         ask,
         zoom=segmenter.zoom and ask.prompt != "point",
         single=segmenter.network.single_mask_for != "never",
+        refine=segmenter.plan.refine,
         model=segmenter.plan.model,
         detector=segmenter.provenance.get("detector", {}).get("name", "") if ask.prompt == "detector" else "",
         failed=failed,

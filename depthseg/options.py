@@ -10,7 +10,7 @@ import typer
 
 from depthseg import catalog
 from depthseg.errors import DepthsegError
-from depthseg.plan import MAX_BOXES, READER, Plan
+from depthseg.plan import MAX_BOXES, READER, REFINEMENTS, Plan
 from depthseg.terminal import say
 
 # help panels
@@ -149,6 +149,26 @@ Zoom = Annotated[
         "--zoom/--no-zoom",
         help="Decode every box on a crop of its own: better on small objects. Without either: nano does, the large models do not.",
         rich_help_panel=PROMPTS,
+    ),
+]
+Refine = Annotated[
+    str,
+    typer.Option(
+        help=f"A better mask at more time: {'; '.join(f'{name}: {what}' for name, what in REFINEMENTS.items())}.",
+        rich_help_panel=PROMPTS,
+        autocompletion=lambda: list(REFINEMENTS),
+        metavar="NAME",
+    ),
+]
+RefineRounds = Annotated[
+    int,
+    typer.Option(min=1, help="amr, rim: further passes, each for masks that the last one replaced.", rich_help_panel=PROMPTS),
+]
+RefinePoints = Annotated[int, typer.Option(min=1, help="amr, rim: points added to a prompt.", rich_help_panel=PROMPTS)]
+RefineBelow = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="amr, rim: only masks of a lower predicted IoU; without it, all.", rich_help_panel=PROMPTS, show_default=False
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in one call of the encoder.", rich_help_panel=MODEL)]

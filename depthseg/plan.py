@@ -18,6 +18,16 @@ CONFIDENCE = 0.25  # of a detector that is built without a plan
 MAX_BOXES = 100  # of a detector, where the plan says nothing
 READER = "groundingdino-tiny"  # the detector that auto takes for text
 
+TABLES = {1: "detector", 2: "point", 3: "box"}  # prompts of the depth paper's tables, which are EfficientViT-SAM's
+
+REFINEMENTS = {
+    "none": "the first answer",
+    "amr": "a second pass with points on the rim of a broken or ragged mask, else in its middle, kept if its predicted IoU is higher",
+    "amr-prose": "likewise, but a broken mask gets its points in the middle",
+    "rim": "likewise, but always with points on the rim, and as not belonging to the object",
+    "mirror": "the mean of the answers to the picture and to its mirror image, at twice the time",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,6 +50,10 @@ class Plan:
     confidence: float | None = None  # boxes under this score are dropped; None: the detector's own limit, none of a file's
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
     zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
+    refine: str = "none"  # a key of REFINEMENTS
+    refine_rounds: int = 1  # amr, rim: passes after the first, each only for masks that the one before replaced
+    refine_points: int = 2  # amr, rim: points added to the prompt ("two additional prompts", in its abstract)
+    refine_below: float | None = None  # amr, rim: only masks of a lower predicted IoU; None: all
     points_per_side: int = 16  # grid: points along each side of the image
     min_predicted_iou: float | None = None  # grid; None: the model's own limit
     min_stability: float | None = None  # likewise
@@ -55,6 +69,13 @@ class Plan:
     def __post_init__(self) -> None:
         if self.min_area is not None and self.max_area is not None and self.min_area > self.max_area:
             raise DepthsegError(f"no mask has {self.min_area} pixels or more and {self.max_area} or fewer", "Change one of them.")
+        if self.refine not in REFINEMENTS:
+            raise DepthsegError(f"no refinement is called '{self.refine}'", f"Use one of {', '.join(REFINEMENTS)}.")
+        if self.refine_rounds < 1 or self.refine_points < 1:
+            raise DepthsegError("a refinement has one round and one point at least", "Use --refine none to have none.")
+        limits = ("refine_rounds", "refine_points", "refine_below")
+        if self.refine in ("none", "mirror") and any(getattr(self, name) != getattr(Plan, name) for name in limits):
+            raise DepthsegError(f"the refinement {self.refine} has no second pass with rounds, points or limits", "Add --refine amr.")
         if self.boxes and self.points:
             raise DepthsegError("boxes and points are both given", "Give one of them.")
         for name, given in (("text", self.text), ("classes", self.classes)):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthseg import masks
+from depthseg.plan import REFINEMENTS
 from depthseg.schema import Array
 from depthseg.truth import Truth
 
@@ -33,13 +34,15 @@ PROTOCOLS = {
     "official": Protocol("the evaluation script of EfficientViT-SAM"),
     "strict": Protocol("textbook rules", crowds=False, shared=False),
     "efficientsam": Protocol("EfficientSAM's paper", tight=True, random=True, by_box=True),
+    "amr": Protocol("the paper of adaptive mask refinement", tight=True, random=True),
 }
 
 
-def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False) -> list[str]:
+def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False, refine: str = "none") -> list[str]:
     """The rules of a protocol for one kind of prompt (box, point or detector), a sentence each.
 
     zoom: each box on a crop of its own. single: the model answers a box, or three and more points, with one mask.
+    refine: a key of plan.REFINEMENTS.
     """
     p = PROTOCOLS[name]
     crowd = "Crowd regions are prompted and counted like instances." if p.crowds else "Crowd regions are left out."
@@ -73,4 +76,8 @@ def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False) -
             "Areas of predictions come from their masks.",
         ],
     }[prompt]
-    return [f"Protocol {name}: {p.source}.", *lines, *(["Every box is looked at on a crop of its own (zoom)."] if zoom else [])]
+    if zoom:
+        lines.append("Every box is looked at on a crop of its own (zoom).")
+    if refine != "none":
+        lines.append(f"Refined ({refine}): {REFINEMENTS[refine]}.")
+    return [f"Protocol {name}: {p.source}.", *lines]

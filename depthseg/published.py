@@ -12,6 +12,7 @@ METRICS = {
 }
 DEPTH_PAPER = "Depth-Aware EfficientViT-SAM (arXiv 2602.11804)"
 EVIT_PAPER = "EfficientViT-SAM (arXiv 2402.05008)"
+ESAM_PAPER = "EfficientSAM (arXiv 2312.00863)"
 EVIT_README = "EfficientViT-SAM's README"  # applications/efficientvit_sam in mit-han-lab/efficientvit
 
 H, EVIT, L2_DEPTH = "SAM-ViT-H", "EfficientViT-SAM-", "EfficientViT-SAM-L2-Depth"
@@ -28,6 +29,7 @@ class Figure:
     metric: str  # one of METRICS[prompt]
     value: float  # percent
     source: str
+    protocol: str = "official"  # a key of protocols.PROTOCOLS
 
 
 # Where from, data set, prompt, detector -> model -> values in the order of METRICS[prompt]; None is not given, or not to be read.
@@ -97,10 +99,48 @@ _TABLES: dict[tuple[str, str, str, str], dict[str, tuple[float | None, ...]]] = 
     (EVIT_README, "lvis", "detector", "vitdet"): {
         f"{EVIT}{name}": (value, None, None, None) for name, value in {"L0": 41.8, "L1": 42.1, "L2": 42.7, "XL0": 43.9, "XL1": 44.4}.items()
     },
+    (f"{ESAM_PAPER}, Table 4", "coco", "box", ""): {
+        "SAM": (78.4, None, None, None),
+        "MobileSAM": (74.2, None, None, None),
+        "EfficientSAM-Ti": (75.7, None, None, None),
+        "EfficientSAM-S": (76.9, None, None, None),
+    },
+    (f"{ESAM_PAPER}, Table 4", "lvis", "box", ""): {
+        "SAM": (78.9, None, None, None),
+        "MobileSAM": (73.8, None, None, None),
+        "EfficientSAM-Ti": (74.3, None, None, None),
+        "EfficientSAM-S": (75.4, None, None, None),
+    },
+    (f"{ESAM_PAPER}, Table 4", "coco", "point", ""): {
+        "SAM": (55.6, 74.1, None),
+        "MobileSAM": (43.7, 59.7, None),
+        "EfficientSAM-Ti": (45.5, 67.2, None),
+        "EfficientSAM-S": (50.0, 69.8, None),
+    },
+    (f"{ESAM_PAPER}, Table 4", "lvis", "point", ""): {
+        "SAM": (59.8, 75.2, None),
+        "MobileSAM": (51.0, 54.4, None),
+        "EfficientSAM-Ti": (52.7, 66.8, None),
+        "EfficientSAM-S": (56.2, 68.7, None),
+    },
+    (f"{ESAM_PAPER}, Table 5", "coco", "detector", "vitdet"): {
+        "SAM": (46.5, 30.8, 51.0, 61.7),
+        "MobileSAM": (38.7, 23.7, 42.2, 54.3),
+        "FastSAM": (37.9, 23.9, 43.4, 50.0),
+        "EfficientSAM-Ti": (42.3, 26.7, 46.2, 57.4),
+        "EfficientSAM-S": (44.4, 28.4, 48.3, 60.1),
+    },
+    (f"{ESAM_PAPER}, Table 5", "lvis", "detector", "vitdet"): {
+        "SAM": (44.7, 32.5, 57.6, 65.5),
+        "MobileSAM": (34.4, 23.8, 44.9, 53.7),
+        "FastSAM": (34.5, 24.6, 46.2, 50.8),
+        "EfficientSAM-Ti": (39.9, 28.9, 51.0, 59.9),
+        "EfficientSAM-S": (42.3, 30.8, 54.0, 62.3),
+    },
 }
 
 FIGURES = [
-    Figure(model, dataset, prompt, detector, metric, value, source)
+    Figure(model, dataset, prompt, detector, metric, value, source, "efficientsam" if source.startswith(ESAM_PAPER) else "official")
     for (source, dataset, prompt, detector), models in _TABLES.items()
     for model, values in models.items()
     for metric, value in zip(METRICS[prompt], values, strict=True)
@@ -137,10 +177,10 @@ SIZES = {  # by the name in catalog.MODELS; what they count (encoder or all, wit
 }
 
 
-def rows(dataset: str, prompt: str, detector: str = "") -> list[dict]:
+def rows(dataset: str, prompt: str, detector: str = "", protocol: str = "official") -> list[dict]:
     """One {"model", "source", "values": {metric: percent}} for each model and source, the depth paper's first."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for f in FIGURES:
-        if (f.dataset, f.prompt, f.detector) == (dataset, prompt, detector):
+        if (f.dataset, f.prompt, f.detector, f.protocol) == (dataset, prompt, detector, protocol):
             found.setdefault((f.model, f.source), {})[f.metric] = f.value
     return [{"model": model, "source": source, "values": values} for (model, source), values in found.items()]

@@ -119,6 +119,12 @@ class Prompts:
             labels.append(np.tile([CORNER_MIN, CORNER_MAX], (len(xy[-1]), 1)))
         return cls(np.concatenate(xy, 1), np.concatenate(labels, 1).astype(np.int64))
 
+    def clicked(self, points: Array, sign: int) -> "Prompts":
+        """The prompts with points (P, N, 2) of one sign before their own."""
+        signs = np.full(points.shape[:2], sign, np.int64)
+        joined = np.concatenate([points.astype(np.float32), self.points], 1)
+        return replace(self, points=joined, labels=np.concatenate([signs, self.labels], 1))
+
 
 @dataclass(frozen=True)
 class Crop:

@@ -311,6 +311,7 @@ def report(
     *,
     zoom: bool = False,
     single: bool = False,
+    refine: str = "none",
     model: str = "",
     detector: str = "",
     failed: Sequence[Failure] = (),
@@ -322,13 +323,13 @@ def report(
 ) -> dict:
     """The one object behind report.json, report.md and the page, of JSON values.
 
-    zoom, single: as in protocols.in_words. seconds: by stage, of each image. peak: memory in MiB.
+    zoom, single, refine: as in protocols.in_words. seconds: by stage, of each image. peak: memory in MiB.
     """
     prompt, protocol, clicks = ask.prompt, ask.protocol, ask.clicks
     parts = dict(scored.report)
     many = ", ".join(map(str, clicks))
     what = {"box": "true boxes", "point": f"{many} clicks", "detector": f"boxes of {detector or 'a detector'}"}[prompt]
-    rules = in_words(protocol, prompt, zoom, single)
+    rules = in_words(protocol, prompt, zoom, single, refine)
     if prompt == "detector":
         rules += [
             f"Predictions are ranked by {RANKS[ask.rank]}.",
@@ -336,7 +337,8 @@ def report(
         ]
     kind = next((k for k in ("vitdet", "yolov8", "groundingdino") if k in detector), "") if prompt == "detector" else ""
     whole = not dataset.left_out and not failed and len(dataset.truths) == WHOLE[dataset.kind]
-    comparable = whole and protocol == "official" and not ask.agnostic and not zoom and (prompt != "detector" or kind)
+    comparable = whole and not ask.agnostic and not zoom and refine == "none" and (prompt != "detector" or kind)
+    figures = published.rows(dataset.kind, prompt, kind, protocol) if comparable else []
     done = {t.image.id for t in dataset.truths}
     known = [*dataset.warnings, *warnings, *parts.pop("warnings")]
     if dataset.left_out:
@@ -364,9 +366,7 @@ def report(
         "protocol_in_words": rules,
         "dataset": dataset.about(),
         **parts,
-        "published": {"metrics": list(published.METRICS[prompt]), "rows": published.rows(dataset.kind, prompt, kind)}
-        if comparable
-        else None,
+        "published": {"metrics": list(published.METRICS[prompt]), "rows": figures} if figures else None,
         "speed": {"stages": means, "images_per_second": len(seconds) / total, "seconds": total, "peak_mib": peak, "device": device}
         if total
         else None,

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from depthseg import __version__, backends, catalog, masks, weights
+from depthseg import __version__, backends, catalog, masks, refine, weights
 from depthseg.data import Failure, Unreadable, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
 from depthseg.errors import DepthsegError
+from depthseg.models.mirrored import Mirrored
 from depthseg.numerics import device_of, inference, keep_memory, precision_of
 from depthseg.plan import Plan
 from depthseg.schema import (
@@ -138,6 +139,8 @@ class Segmenter:
         self._pull, self._progress = pull, progress
         self._chosen_rows: dict[str, catalog.Row] = {}  # by role and name
         self.network = (network if network is not None else self._build_network()).to(self.device)
+        if plan.refine == "mirror":
+            self.network = Mirrored(self.network)
         self.zoom = self.network.zoom_side < self.network.side if plan.zoom is None else plan.zoom
         self.source = source if source is not None else self._build_source(images_json)
         self.depth = depth if depth is not None else self._build_depth()
@@ -333,6 +336,9 @@ class Segmenter:
                 chunk = flat[start : start + plan.prompt_batch]
                 with self.timed(spent, "decode"), inference(self.device, self.precision):
                     low, ious = self._best(encoded, asked, chunk, multimask)
+                if plan.refine in refine.RULES:
+                    with self.timed(spent, "refine"), inference(self.device, self.precision):
+                        self._again(encoded, asked, chunk, low, ious)
                 with self.timed(spent, "masks"):
                     for (v, i), logits, iou in zip(chunk, low, ious.tolist()):
                         frame, view = encoded.frames[v], encoded.views[v]
@@ -340,13 +346,43 @@ class Segmenter:
                         stability = float(masks.stability(logits[None, :h, :w])[0])
                         if strict and (iou < least_iou or stability < least_stability):
                             continue
-                        mask = frame.crop(logits)
-                        if self.network.specks:
-                            mask = masks.clean_crop(mask, int(self.network.specks * np.count_nonzero(mask.pixels)), edges=False)
-                        mask = view.paste(mask)
+                        mask = view.paste(self._enlarged(frame, logits))
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
                         answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
+
+    def _enlarged(self, frame: Frame, logits: Array) -> Crop:
+        """The mask of low-resolution logits (s, s) on its view, without specks."""
+        mask = frame.crop(logits)
+        least = int(self.network.specks * np.count_nonzero(mask.pixels))
+        return masks.clean_crop(mask, least, edges=False) if self.network.specks else mask
+
+    def _again(self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], low: Array, ious: Array) -> None:
+        """Adaptive mask refinement of one decoder call's answers: `low` (P, s, s) and `ious` (P,) take those of a higher predicted IoU.
+
+        All masks that need it are asked again in one call, on the features at hand (in two, where the added points make some prompts
+        unambiguous and others not).
+        """
+        plan, sign = self.plan, refine.RULES[self.plan.refine].sign
+        rows = [k for k in range(len(chunk)) if plan.refine_below is None or ious[k] < plan.refine_below]
+        for _ in range(plan.refine_rounds):
+            clicks = {v: np.zeros((len(asked[v]), plan.refine_points, 2), np.float32) for v, _ in chunk}
+            calls: dict[bool, list[int]] = {}
+            for k in rows:
+                v, i = chunk[k]
+                mask = self._enlarged(encoded.frames[v], low[k]).wider(1)  # with its rim
+                at = refine.points(mask.pixels, plan.refine, plan.refine_points) + mask.corner
+                if len(at):
+                    clicks[v][i] = at
+                    labels = np.append(asked[v].labels[i], [sign] * len(at))
+                    calls.setdefault(self.multimask(labels), []).append(k)
+            again = [p.clicked(clicks[v], sign) if v in clicks else p for v, p in enumerate(asked)]
+            rows = []
+            for multimask, some in calls.items():
+                logits, predicted = self._best(encoded, again, [chunk[k] for k in some], multimask)
+                for n in np.flatnonzero(predicted > ious[some]):
+                    rows.append(some[n])
+                    low[some[n]], ious[some[n]] = logits[n], predicted[n]
 
     def _best(self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool) -> tuple[Array, Array]:
         """Logits (P, s, s) and predicted IoU (P,) of the candidate with the highest predicted IoU, for one decoder call."""

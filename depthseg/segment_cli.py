@@ -53,6 +53,10 @@ def segment(
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
+    refine: opt.Refine = Plan.refine,
+    refine_rounds: opt.RefineRounds = Plan.refine_rounds,
+    refine_points: opt.RefinePoints = Plan.refine_points,
+    refine_below: opt.RefineBelow = Plan.refine_below,
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]  # a str in Plan, one of four here
     backend: opt.Backend = Plan.backend,  # type: ignore[assignment]

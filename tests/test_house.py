@@ -19,14 +19,15 @@ README = ROOT / "README.md"
 # names in the table of names; a test below resolves them all.
 LAYERS = {
     "ground": "depthseg errors plan catalog stages",
-    "data": "schema masks prompts data selection journal sink formats metrics sa1b augment "
-    "packs truth protocols predictions ap fates score published page report gallery compare album outlines export",
+    "data": "schema masks prompts refine data selection journal sink formats metrics sa1b augment packs "
+    "tables truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "backends models losses numerics",
     "stages": "fast_sam detect depth tasks weights pretrained",
     "segment": "exactness segment asking",
     "training": "learner curves preflight validation",
     "verbs": "evaluate train bench",
-    "edge": "options terminal config doctor segment_cli data_cli train_cli weights_cli models_cli eval_cli convert_cli cli __main__",
+    "edge": "options terminal config doctor segment_cli data_cli train_cli weights_cli models_cli table_cli eval_cli convert_cli cli "
+    "__main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
