@@ -14,13 +14,14 @@ import typer
 
 from depthseg import __version__, catalog
 from depthseg import options as opt
+from depthseg.bench_cli import bench
 from depthseg.config import Config
 from depthseg.config import app as config_app
 from depthseg.convert_cli import convert
 from depthseg.doctor import doctor
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.eval_cli import compare, evaluate
-from depthseg.models_cli import bench, models
+from depthseg.models_cli import models
 from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, RUN
 from depthseg.plan import Plan
 from depthseg.segment_cli import detect, segment

@@ -134,6 +134,7 @@ class Segmenter:
         }
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU
         self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
+        self.clock: Callable[[], Any] = time.perf_counter  # for the seconds by stage; may count several things, as an array
         self._pull, self._progress = pull, progress
         self._chosen_rows: dict[str, catalog.Row] = {}  # by role and name
         self.network = (network if network is not None else self._build_network()).to(self.device)
@@ -219,11 +220,11 @@ class Segmenter:
         """
         stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch))
         while True:
-            start = time.perf_counter()
+            start = self.clock()
             held = list(islice(stream, self.plan.batch))
             if not held:
                 return
-            yield from self._batch(held, time.perf_counter() - start)
+            yield from self._batch(held, self.clock() - start)
 
     def _batch(self, held: list[Image | Failure], reading: float) -> Iterator[Record | Failure]:
         out: list[Record | Failure | None] = [item if isinstance(item, Failure) else None for item in held]
@@ -361,12 +362,12 @@ class Segmenter:
 
     @contextmanager
     def timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.clock()
         yield
         if spent is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            spent[stage] += time.perf_counter() - start
+            spent[stage] += self.clock() - start
 
 
 def _fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:

@@ -23,9 +23,9 @@ LAYERS = {
     "truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "models losses numerics",
     "stages": "detect depth tasks weights pretrained",
-    "segment": "segment asking",
+    "segment": "segment asking reference peers",
     "verbs": "evaluate train bench",
-    "edge": "options terminal config doctor segment_cli weights_cli models_cli eval_cli convert_cli cli __main__",
+    "edge": "options terminal config doctor segment_cli weights_cli models_cli bench_cli eval_cli convert_cli cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
