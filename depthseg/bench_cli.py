@@ -57,6 +57,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    draft: opt.Draft = Plan.draft,
     detector: opt.DetectorName = Plan.detector,
     detector_weights: opt.DetectorWeights = Plan.detector_weights,
     text: opt.Text = Plan.text,
@@ -69,6 +70,7 @@ def bench(
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
+    threads: opt.Threads = Plan.threads,
     pull: opt.Pull = False,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -83,6 +85,7 @@ def bench(
     plan = Plan(
         model=model, weights=weights, detector=detector, detector_weights=detector_weights, text=text, classes=classes, boxes=boxes,
         depth=depth, zoom=zoom, device=device, precision=precision, batch=batch,
+        threads=threads, draft=draft,
     )  # fmt: skip
     opt.check_names(plan)
     ruled = not paths or size or boxes_per_image or reference or peer
@@ -202,7 +205,7 @@ def _show(told: dict[str, Any]) -> None:
         f"{told['batch']}, medians of {told['rounds']}"
     )
     rows, shares = [], []
-    names = list(dict.fromkeys(s for row in told["cases"] for s in row["stages"] if s != "detect"))  # nothing is detected
+    names = [s for s in ("read", "depth", "encode", "decode", "masks") if any(s in row["stages"] for row in told["cases"])]
     for row in told["cases"]:
         wall, cpu = row["seconds"]
         stages = [f"{1000 * row['stages'][s][1]:.1f}" if s in row["stages"] else "" for s in names]

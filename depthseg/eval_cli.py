@@ -79,6 +79,7 @@ def evaluate(
     device: opt.Device = Plan.device,
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
+    threads: opt.Threads = Plan.threads,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder of the report and the predictions.", rich_help_panel=OUTPUT, metavar="DIR"),
@@ -101,7 +102,7 @@ def evaluate(
     given = {name: value for name, value in locals().items() if name in Plan.__dataclass_fields__}
     if prompt != "detector":
         given |= {name: getattr(Plan, name) for name in ("boxes", "text", "classes", "detector_weights")} | {"detector": "grid"}
-    plan = Plan(**given)
+    plan = Plan(**given, draft=False)  # scores are those of every pixel
     opt.check_names(plan)
     wanted = [_expectation(e) for e in expect or []]
     if prompt == "depth":

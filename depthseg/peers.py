@@ -37,7 +37,7 @@ class MobileSam:
 
     def _shape(self, module: Any, given: Any, answer: Any) -> Any:
         low, iou = answer
-        return low + ellipses(self._boxes, low.shape[-1]).to(low), iou
+        return low + ellipses(self._boxes, low.shape[-1]).to(low), torch.ones_like(iou)  # predict drops masks whose score is under 0
 
     def __call__(self, jpeg: bytes, boxes: Array) -> list[dict]:
         pixels = np.asarray(PILImage.open(BytesIO(jpeg)).convert("RGB"))

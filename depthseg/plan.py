@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from depthseg.errors import DepthsegError
 
 # Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
-_SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
+_SPEED_ONLY = {"device", "threads", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
 
 CONFIDENCE = 0.25  # of a detector that is built without a plan
 MAX_BOXES = 100  # of a detector, where the plan says nothing
@@ -37,6 +37,8 @@ class Plan:
     prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
     confidence: float | None = None  # boxes under this score are dropped; None: the detector's own limit, none of a file's
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
+    draft: bool = True  # large JPEGs are decoded to a half, quarter or eighth of their size where no stage needs more
+    threads: int | None = None  # of torch's on the CPU; None: the cores that this process may use
     zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
     points_per_side: int = 16  # grid: points along each side of the image
     min_predicted_iou: float | None = None  # grid; None: the model's own limit

@@ -72,8 +72,9 @@ def segment(network: Any, jpeg: bytes, boxes: Array) -> list[dict]:
     """From the bytes of a picture and boxes (N, 4), xyxy, to the RLE of the best mask for each box."""
     pixels = np.asarray(PILImage.open(BytesIO(jpeg)).convert("RGB"))
     features, out = set_image(network, pixels), []
+    multimask = network.single_mask_for == "never"
     for box in boxes:
-        found, iou = predict(network, features, pixels.shape[:2], box.reshape(2, 2), np.array([CORNER_MIN, CORNER_MAX]))
+        found, iou = predict(network, features, pixels.shape[:2], box.reshape(2, 2), np.array([CORNER_MIN, CORNER_MAX]), multimask)
         out.append(masks.encode(found[iou.argmax()]))
     return out
 

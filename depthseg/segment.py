@@ -24,7 +24,8 @@ from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
 from depthseg.errors import DepthsegError
-from depthseg.numerics import device_of, inference, keep_memory, precision_of
+from depthseg.formats import LONG_SIDE
+from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.schema import (
     ABSENT,
@@ -68,6 +69,7 @@ class View:
     depth: Array | None  # float (h', w') of the same view, near is 1
     canvas: tuple[int, int]  # h, w of the whole picture
     corner: tuple[int, int] = (0, 0)  # x, y of this piece in it
+    size: tuple[int, int] | None = None  # h, w of this view in the picture's own pixels, where `pixels` are fewer
 
     def crop(self, box: Array) -> "View":
         """The square piece twice as long as the box (4,), clipped to the picture."""
@@ -126,6 +128,7 @@ class Segmenter:
         self.device = device_of(plan.device)
         if self.device.type == "cpu":
             keep_memory()
+            take_threads(plan.threads)
         self.precision = precision_of(plan.precision, self.device)
         self.provenance: dict[str, Any] = {
             "device": str(self.device),
@@ -218,13 +221,23 @@ class Segmenter:
 
         What is wrong with one image ends that image only; lack of memory and programming errors are raised.
         """
-        stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch))
+        stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch), enough=self._enough())
         while True:
             start = self.clock()
             held = list(islice(stream, self.plan.batch))
             if not held:
                 return
             yield from self._batch(held, self.clock() - start)
+
+    def _enough(self) -> int | None:
+        """Pixels of a picture's long side that all stages can do with; None where one of them wants every pixel.
+
+        Crops do, and detectors that answer in the pixels they were given. The encoder gets twice what it looks at or more, depth
+        networks (1036 at most) one and a half times, the overlay what it draws.
+        """
+        if not self.plan.draft or self.zoom or self.detector not in ("file", "grid", "nano"):
+            return None
+        return max(LONG_SIDE[1], 2 * self.network.side)
 
     def _batch(self, held: list[Image | Failure], reading: float) -> Iterator[Record | Failure]:
         out: list[Record | Failure | None] = [item if isinstance(item, Failure) else None for item in held]
@@ -291,7 +304,7 @@ class Segmenter:
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
-        frames = [Frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
+        frames = [Frame(view.size or (view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
         with self.timed(spent, "encode"), inference(self.device, self.precision):
             rgb = self._tensor(np.stack([f.image(v.pixels) for f, v in zip(frames, views)]))
             maps = [f.depth(v.depth) for f, v in zip(frames, views) if v.depth is not None]
@@ -358,7 +371,9 @@ class Segmenter:
         return not (CORNER_MIN in labels or np.isin(labels, (NEGATIVE, POSITIVE)).sum() >= 3)
 
     def _tensor(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        """The array on the device; on CUDA the copy is queued from pinned memory, and the CPU goes on."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     @contextmanager
     def timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
@@ -382,7 +397,7 @@ def _fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:
 
 def _whole(image: Image, depth: Array | None) -> View:
     assert image.pixels is not None
-    return View(image.pixels, depth, image.size)
+    return View(image.pixels, depth, image.size, size=image.size)
 
 
 def _prompts(asked: Boxes | Prompts) -> Prompts:
