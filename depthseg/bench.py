@@ -164,7 +164,7 @@ def network_for(plan: Plan, pull: bool, progress: Callable[[int, int], None] | N
     return in_things(catalog.resolve(entry)(**entry.args).eval().requires_grad_(False)), True
 
 
-def random_depth(name: str, folder: Path, device: Any, precision: str) -> Depth:
+def random_depth(name: str, folder: Path, device: Any, precision: str, side: int | None = None) -> Depth:
     """Depth Anything Small with random weights, which are laid into `folder`. Raises DepthsegError for another estimator."""
     entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
     if not name.endswith("-small") or not entry.hub:
@@ -172,7 +172,9 @@ def random_depth(name: str, folder: Path, device: Any, precision: str) -> Depth:
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
     DepthAnythingForDepthEstimation(DepthAnythingConfig()).save_pretrained(folder)  # the defaults are Small
-    return DepthAnything(folder, device, precision)
+    estimator = DepthAnything(folder, device, precision)
+    estimator.side = side
+    return estimator
 
 
 def clock() -> Array:

@@ -64,6 +64,7 @@ def bench(
     classes: opt.Classes = Plan.classes,
     boxes: opt.Boxes = Plan.boxes,
     depth: opt.DepthName = Plan.depth,
+    depth_side: opt.DepthSide = Plan.depth_side,
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
@@ -85,7 +86,7 @@ def bench(
     plan = Plan(
         model=model, weights=weights, detector=detector, detector_weights=detector_weights, text=text, classes=classes, boxes=boxes,
         depth=depth, zoom=zoom, device=device, precision=precision, batch=batch,
-        threads=threads, draft=draft,
+        threads=threads, draft=draft, depth_side=depth_side,
     )  # fmt: skip
     opt.check_names(plan)
     ruled = not paths or size or boxes_per_image or reference or peer
@@ -183,9 +184,9 @@ def _cases(
         if network.alpha is not None and plan.depth != "none":
             if plan.depth in catalog.DEPTHS and not pull and (row := catalog.DEPTHS[plan.depth]).hub and not weights.find(row):
                 say(f"the weights of {plan.depth} are not on this machine: random ones")
-                chosen = plan.depth, bench.random_depth(plan.depth, Path(scratch, "depth"), where, precision)
+                chosen = plan.depth, bench.random_depth(plan.depth, Path(scratch, "depth"), where, precision, plan.depth_side)
             else:
-                ready = depth.depth_estimator(plan.depth, where, precision, pull)
+                ready = depth.depth_estimator(plan.depth, where, precision, pull, plan.depth_side)
                 chosen = ready.name, ready.estimator.depth if isinstance(ready.estimator, depth.Cached) else ready.estimator
         ours = {"none": Segmenter(replace(plan, depth="none"), network=network, source=lambda images: [])}
         if chosen:

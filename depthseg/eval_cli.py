@@ -69,6 +69,7 @@ def evaluate(
         bool, typer.Option("--agnostic", help="detector: ignore classes, as always for nano and grid.", rich_help_panel=PROMPTS)
     ] = False,
     depth: opt.DepthName = Plan.depth,
+    depth_side: opt.DepthSide = Plan.depth_side,
     ablate_depth: Annotated[
         bool,
         typer.Option("--ablate-depth", help="Again without depth, with a constant, and with other images' depth.", rich_help_panel=DEPTH),

@@ -43,6 +43,16 @@ DepthName = Annotated[
         metavar="NAME|PATH",
     ),
 ]
+DepthSide = Annotated[
+    int | None,
+    typer.Option(
+        min=14,
+        help="Pixels of the shorter side of Depth Anything's input: 392 takes half the time of its own 518.",
+        rich_help_panel=DEPTH,
+        show_default=False,
+        metavar="PIXELS",
+    ),
+]
 DetectorName = Annotated[
     str,
     typer.Option(

@@ -196,7 +196,7 @@ class Segmenter:
             self.notes.append(f"depth: maps from {choice}")
             self._chosen("depth", Path(choice).name)
             return DepthFolder(choice)
-        chosen = depth_estimator(choice, self.device, self.precision, self._pull)
+        chosen = depth_estimator(choice, self.device, self.precision, self._pull, self.plan.depth_side)
         self.notes += [chosen.note] if choice == "auto" else []
         self._chosen("depth", chosen.name, catalog.DEPTHS[chosen.name], chosen.file)
         return chosen.estimator

@@ -52,6 +52,7 @@ def segment(
     min_area: opt.MinArea = Plan.min_area,
     max_area: opt.MaxArea = Plan.max_area,
     depth: opt.DepthName = Plan.depth,
+    depth_side: opt.DepthSide = Plan.depth_side,
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,

@@ -85,13 +85,13 @@ def test_options_reach_the_plan(run, fake, pictures, tmp_path, monkeypatch):
     for name in ("w.pt", "d.pt", "b.json", "p.json", "i.json"):
         Path(name).touch()
     words = """--model efficientvit-sam-l0-depth --weights w.pt --detector yolov8s --depth none
-        --device cpu --precision bf16 --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --no-draft --threads 5
+        --device cpu --precision bf16 --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --depth-side 392 --no-draft --threads 5
         --zoom --points-per-side 5
         --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-area 8 --max-area 9 --min-region 4
         --no-overlays --no-labelmaps --depth-panel --instances""".split()
     expected = Plan(
         "efficientvit-sam-l0-depth", "w.pt", "yolov8s", None, None, "d.pt", None, None, "none", "cpu", "bf16",
-        3, 7, 0.5, 9, False, 5, True, 5, 0.1, 0.2, 0.3, 8, 9, 4, False, False, True, True,
+        3, 7, 0.5, 9, 392, False, 5, True, 5, 0.1, 0.2, 0.3, 8, 9, 4, False, False, True, True,
     )  # fmt: skip
     alone = {"boxes": "b.json", "points": "p.json", "text": "a cat .", "classes": "cat,dog"}  # these exclude each other
     for field, value in alone.items():
