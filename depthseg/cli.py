@@ -14,6 +14,7 @@ import typer
 
 from depthseg import __version__
 from depthseg import options as opt
+from depthseg.bench_cli import bench
 from depthseg.config import Config
 from depthseg.config import app as config_app
 from depthseg.convert_cli import convert
@@ -21,7 +22,7 @@ from depthseg.data_cli import app as data_app
 from depthseg.doctor import doctor
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.eval_cli import compare, evaluate
-from depthseg.models_cli import bench, models
+from depthseg.models_cli import models
 from depthseg.options import OUTPUT
 from depthseg.plan import Plan
 from depthseg.segment_cli import detect, segment

@@ -101,6 +101,7 @@ class DepthAnything:
                 return self.network(x).predicted_depth
 
         self.device, self.precision, self.batch = torch.device(device), precision, batch
+        self.side: int | None = None  # another SIDE
         self._metric = network.config.depth_estimation_type == "metric"
         # OpenVINO would keep the size of the first picture, as transformers' code fixes it while it is traced: torch runs it then
         self._network = backends.ready(Map().eval(), "torch" if backend == "openvino" else backend, precision, self.device)
@@ -123,7 +124,7 @@ class DepthAnything:
 
     def _size(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of the network's input for an image of h x w."""
-        scale = min(self.SIDE / min(h, w), self.LONGEST / max(h, w))
+        scale = min((self.side or self.SIDE) / min(h, w), self.LONGEST / max(h, w))
         return tuple(max(1, round(side * scale / self.PATCH)) * self.PATCH for side in (h, w))  # type: ignore[return-value]
 
     def _input(self, image: Image, size: tuple[int, int]) -> Array:
@@ -364,21 +365,22 @@ class ChosenDepth(NamedTuple):
     note: str  # for the user
 
 
-def depth_estimator(choice: str, device: Any, precision: str, pull: bool, backend: str = "torch") -> ChosenDepth:
+def depth_estimator(choice: str, device: Any, precision: str, pull: bool, backend: str = "torch", side: int | None = None) -> ChosenDepth:
     """The estimator that a choice means: auto is Depth Anything V2 Small where it is here, or may be fetched, else nano.
 
-    Slow ones keep their answers below the user's cache.
+    Slow ones keep their answers below the user's cache. side: pixels of the shorter side of Depth Anything's input, instead of 518.
     """
     name = choice if choice != "auto" else BETTER_DEPTH if pull or weights.find(catalog.DEPTHS[BETTER_DEPTH]) else "nano"
     entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
     better = "" if choice != "auto" or name == BETTER_DEPTH else f" (embedded); for better maps: --depth {BETTER_DEPTH} --pull"
     path = weights.locate(entry, name, pull)
     built = catalog.resolve(entry)(path, device, precision, backend)
-    estimator = (
-        built
-        if path.is_file()
-        else Cached(built, catalog.cache() / "depth", f"{name} {precision}{'' if backend == 'torch' else ' ' + backend}")
-    )
+    if side is not None:
+        if not isinstance(built, DepthAnything):
+            raise DepthsegError(f"the depth estimator {name} has one input size", "Leave --depth-side out.")
+        built.side = side
+    about = f"{name} {precision}{'' if backend == 'torch' else ' ' + backend}{f' {side}' if side else ''}"
+    estimator = built if path.is_file() else Cached(built, catalog.cache() / "depth", about)
     return ChosenDepth(name, estimator, path if path.is_file() else None, f"depth: {name}{better}")
 
 

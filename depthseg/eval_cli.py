@@ -84,6 +84,7 @@ def evaluate(
         bool, typer.Option("--agnostic", help="detector: ignore classes, as always for nano and grid.", rich_help_panel=PROMPTS)
     ] = False,
     depth: opt.DepthName = Plan.depth,
+    depth_side: opt.DepthSide = Plan.depth_side,
     ablate_depth: Annotated[
         bool,
         typer.Option("--ablate-depth", help="Again without depth, with a constant, and with other images' depth.", rich_help_panel=DEPTH),
@@ -114,6 +115,7 @@ def evaluate(
     precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
     backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
     batch: opt.Batch = Plan.batch,
+    threads: opt.Threads = Plan.threads,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder of the report and the predictions.", rich_help_panel=OUTPUT, metavar="DIR"),
@@ -149,7 +151,7 @@ def evaluate(
     given = {name: value for name, value in locals().items() if name in Plan.__dataclass_fields__}
     if prompt != "detector":
         given |= {name: getattr(Plan, name) for name in ("boxes", "text", "classes", "detector_weights")} | {"detector": "grid"}
-    plan = Plan(**given)
+    plan = Plan(**given, draft=False)  # scores are those of every pixel
     opt.check_names(plan)
     wanted = [_expectation(e) for e in expect or []]
     if prompt == "depth":

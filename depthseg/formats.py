@@ -20,7 +20,7 @@ from depthseg import masks as rles
 from depthseg.schema import Array, Masks
 
 _FILL = 0.45  # opacity of a mask's colour
-_LONG_SIDE = (512, 1600)  # working resolution of overlays, pixels: text stays readable, files stay small
+LONG_SIDE = (512, 1600)  # working resolution of overlays, pixels: text stays readable, files stay small
 _MAX_TAGS = 25  # more labels than this hide the picture
 # Far to near: black, violet, red, orange, pale yellow; lightness rises evenly, so that nearness reads in grey as well.
 _RAMP = np.array(
@@ -93,10 +93,10 @@ def palette(n: int) -> Array:
 def overlay(pixels: Array, masks: Masks, depth: Array | None = None) -> PILImage.Image:
     """The picture with tinted, outlined and labelled instances; with `depth` (0..1, near is 1) a panel of it to the right.
 
-    pixels: uint8 RGB (h, w, 3). The long side of the answer is between 512 and 1600 pixels, whatever the picture's.
+    pixels: uint8 RGB (h, w, 3), of the masks' size or fewer. The long side of the answer is between 512 and 1600 pixels, whatever theirs.
     """
     h, w = pixels.shape[:2]
-    scale = float(np.clip(max(h, w), *_LONG_SIDE)) / max(h, w)
+    scale = float(np.clip(max(h, w), *LONG_SIDE)) / max(h, w)
     size = max(1, round(w * scale)), max(1, round(h * scale))
     picture = PILImage.fromarray(pixels)
     if size != (w, h):
@@ -109,7 +109,7 @@ def overlay(pixels: Array, masks: Masks, depth: Array | None = None) -> PILImage
         found = _coverage(masks.rle[i], masks.box[i], size, margin=2 * round(line) + 2)
         if found is not None:
             cover, x, y = found
-            thin = math.sqrt(masks.area[i]) * scale / 12  # an outline must not fill a small instance
+            thin = math.sqrt(masks.area[i]) * size[0] / masks.rle[i]["size"][1] / 12  # an outline must not fill a small instance
             window = canvas[y : y + cover.shape[0], x : x + cover.shape[1]]
             _paint(window, cover, colours[i], max(1, round(min(line, thin))))
             row = int(np.argmax(cover.max(1) > 127))

@@ -1,8 +1,6 @@
-"""`depthseg models` and `depthseg bench`: what can be chosen, how large it is, and what it costs here."""
+"""`depthseg models`: what can be chosen and how large it is."""
 
-import contextlib
 import json
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,64 +8,7 @@ import typer
 
 from depthseg import catalog
 from depthseg import options as opt
-from depthseg.options import INPUT, RUN
-from depthseg.plan import Plan
-from depthseg.terminal import downloads, interruptible, listing, progress, say, table
-
-
-def bench(
-    paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs.", show_default=False)],
-    limit: Annotated[int, typer.Option(min=1, help="Take only the first so many images.", rich_help_panel=INPUT)] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions, in turns; medians are shown.", rich_help_panel=RUN)] = 3,
-    detector: opt.DetectorName = Plan.detector,
-    detector_weights: opt.DetectorWeights = Plan.detector_weights,
-    text: opt.Text = Plan.text,
-    classes: opt.Classes = Plan.classes,
-    boxes: opt.Boxes = Plan.boxes,
-    depth: opt.DepthName = Plan.depth,
-    model: opt.ModelName = Plan.model,
-    weights: opt.Weights = Plan.weights,
-    zoom: opt.Zoom = Plan.zoom,
-    device: opt.Device = Plan.device,
-    precision: opt.Precision = Plan.precision,  # type: ignore[assignment]
-    backend: opt.Backend = Plan.backend,  # type: ignore[assignment]
-    batch: opt.Batch = Plan.batch,
-    pull: opt.Pull = False,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Measure what each stage costs for an image, alone and in batches, and whether the detector answers the same.
-
-    [bold]depthseg bench photos/ --detector yolov8m --model efficientvit-sam-l2[/bold]
-    """
-    plan = Plan(
-        model=model, weights=weights, detector=detector, detector_weights=detector_weights, text=text, classes=classes, boxes=boxes,
-        depth=depth, zoom=zoom, device=device, precision=precision, backend=backend, batch=batch,
-    )  # fmt: skip
-    opt.check_names(plan)
-    opt.check_files(plan, None, pull)
-    with contextlib.redirect_stdout(sys.stderr), interruptible("stopped"):
-        from depthseg import data
-
-        images = data.find(paths)[:limit]
-        from depthseg.bench import stages
-        from depthseg.segment import Segmenter
-
-        with downloads() as fetched:
-            segmenter = Segmenter(plan, pull, progress=fetched)
-        with progress("turns") as show:
-            found = stages(segmenter, images, rounds, show)
-    for note in found.notes:
-        say(note)
-    if as_json:
-        boxes_told = {"boxes": found.boxes, "pixels": found.pixels}
-        typer.echo(json.dumps({"schema_version": 1, "batch": batch, "alone": found.alone, "batched": found.batched, **boxes_told}))
-        return
-    rows = [[s, f"{1000 * found.alone[s]:.1f}", f"{1000 * found.batched[s]:.1f}"] for s in found.alone]
-    total = [f"{1000 * sum(times.values()):.1f}" for times in (found.alone, found.batched)]
-    table(["stage", "ms/image alone", f"in batches of {batch}"], [*rows, ["all", *total]])
-    if found.pixels is not None:
-        typer.echo(f"{found.boxes} boxes of the detector differ by at most {found.pixels:.2g} pixels between the two")
+from depthseg.terminal import listing, table
 
 
 def models(

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,19 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 1 << 30)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def take_threads(count: int | None) -> None:
+    """Let torch's operations have so many threads on the CPU; None: as many as cores, but no more than a container's share of them.
+
+    Its threads wait for one another at each operation: with more of them than cores, each waits for one that does not run.
+    """
+    if count is None:
+        with contextlib.suppress(OSError, ValueError):  # no Linux, no limit ("max")
+            quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+            count = min(torch.get_num_threads(), max(1, quota // period))
+    if count is not None and count != torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from depthseg.errors import DepthsegError
 
 # Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
-_SPEED_ONLY = {"device", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
+_SPEED_ONLY = {"device", "threads", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
 
 BACKENDS = ("torch", "openvino", "compile")
 CONFIDENCE = 0.25  # of a detector that is built without a plan
@@ -49,6 +49,9 @@ class Plan:
     prompt_batch: int = 16  # prompts in one decoder call; 4 to 16 is best on a CPU (cache and allocator)
     confidence: float | None = None  # boxes under this score are dropped; None: the detector's own limit, none of a file's
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
+    depth_side: int | None = None  # pixels of the shorter side of Depth Anything's input; None: 518, as it was trained
+    draft: bool = True  # large JPEGs are decoded to a half, quarter or eighth of their size where no stage needs more
+    threads: int | None = None  # of torch's on the CPU; None: the cores that this process may use
     zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
     refine: str = "none"  # a key of REFINEMENTS
     refine_rounds: int = 1  # amr, rim: passes after the first, each only for masks that the one before replaced

@@ -32,7 +32,7 @@ PROMPT_SIDE = 1024  # prompts live in a 1024 frame, whatever the encoder's input
 
 @dataclass(frozen=True)
 class Image:
-    """One picture. `pixels` is uint8 RGB (h, w, 3) once read, None before."""
+    """One picture. `pixels` is uint8 RGB (h, w, 3) once read, None before; a large one may be read at fewer pixels than `size`."""
 
     key: str  # relative POSIX path with extension
     id: int

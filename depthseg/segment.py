@@ -24,8 +24,9 @@ from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
 from depthseg.errors import DepthsegError
+from depthseg.formats import LONG_SIDE
 from depthseg.models.mirrored import Mirrored
-from depthseg.numerics import device_of, inference, keep_memory, precision_of
+from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.schema import (
     ABSENT,
@@ -70,6 +71,7 @@ class View:
     depth: Array | None  # float (h', w') of the same view, near is 1
     canvas: tuple[int, int]  # h, w of the whole picture
     corner: tuple[int, int] = (0, 0)  # x, y of this piece in it
+    size: tuple[int, int] | None = None  # h, w of this view in the picture's own pixels, where `pixels` are fewer
 
     def crop(self, box: Array) -> "View":
         """The square piece twice as long as the box (4,), clipped to the picture."""
@@ -124,6 +126,7 @@ class Segmenter:
         self.device = device_of(plan.device)
         if self.device.type == "cpu":
             keep_memory()
+            take_threads(plan.threads)
         self.precision = precision_of(plan.precision, self.device)
         backends.check(plan.backend, self.device)
         if told := backends.note(plan.backend, self.precision, self.device):
@@ -136,6 +139,7 @@ class Segmenter:
         }
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU
         self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
+        self.clock: Callable[[], Any] = time.perf_counter  # for the seconds by stage; may count several things, as an array
         self._pull, self._progress = pull, progress
         self._chosen_rows: dict[str, catalog.Row] = {}  # by role and name
         self.network = (network if network is not None else self._build_network()).to(self.device)
@@ -198,7 +202,7 @@ class Segmenter:
             self.notes.append(f"depth: maps from {choice}")
             self._chosen("depth", Path(choice).name)
             return DepthFolder(choice)
-        chosen = depth_estimator(choice, self.device, self.precision, self._pull, self.plan.backend)
+        chosen = depth_estimator(choice, self.device, self.precision, self._pull, self.plan.backend, self.plan.depth_side)
         self.notes += [chosen.note] if choice == "auto" else []
         self._chosen("depth", chosen.name, catalog.DEPTHS[chosen.name], chosen.file)
         return chosen.estimator
@@ -238,13 +242,23 @@ class Segmenter:
 
         What is wrong with one image ends that image only; lack of memory and programming errors are raised.
         """
-        stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch))
+        stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch), enough=self._enough())
         while True:
-            start = time.perf_counter()
+            start = self.clock()
             held = list(islice(stream, self.plan.batch))
             if not held:
                 return
-            yield from self._batch(held, time.perf_counter() - start)
+            yield from self._batch(held, self.clock() - start)
+
+    def _enough(self) -> int | None:
+        """Pixels of a picture's long side that all stages can do with; None where one of them wants every pixel.
+
+        Crops do, and detectors that answer in the pixels they were given. The encoder gets twice what it looks at or more, depth
+        networks (1036 at most) one and a half times, the overlay what it draws.
+        """
+        if not self.plan.draft or self.zoom or self.detector not in ("file", "grid", "nano"):
+            return None
+        return max(LONG_SIDE[1], 2 * self.network.side)
 
     def _batch(self, held: list[Image | Failure], reading: float) -> Iterator[Record | Failure]:
         out: list[Record | Failure | None] = [item if isinstance(item, Failure) else None for item in held]
@@ -311,7 +325,7 @@ class Segmenter:
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
-        frames = [self.network.frame((view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
+        frames = [self.network.frame(view.size or (view.pixels.shape[0], view.pixels.shape[1]), side) for view in views]
         with self.timed(spent, "encode"), inference(self.device, self.precision):
             rgb = self._tensor(np.stack([f.image(v.pixels) for f, v in zip(frames, views)]))
             maps = [f.depth(v.depth) for f, v in zip(frames, views) if v.depth is not None]
@@ -411,16 +425,18 @@ class Segmenter:
         return not (CORNER_MIN in labels or np.isin(labels, (NEGATIVE, POSITIVE)).sum() >= 3)
 
     def _tensor(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        """The array on the device; on CUDA the copy is queued from pinned memory, and the CPU goes on."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     @contextmanager
     def timed(self, spent: Seconds | None, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.clock()
         yield
         if spent is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            spent[stage] += time.perf_counter() - start
+            spent[stage] += self.clock() - start
 
 
 def _fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:
@@ -435,7 +451,7 @@ def _fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:
 
 def _whole(image: Image, depth: Array | None) -> View:
     assert image.pixels is not None
-    return View(image.pixels, depth, image.size)
+    return View(image.pixels, depth, image.size, size=image.size)
 
 
 def _prompts(asked: Boxes | Prompts) -> Prompts:

@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ def segment(
     keys: opt.Keys = None,
     shard: opt.Shard = None,
     limit: opt.Limit = None,
+    draft: opt.Draft = Plan.draft,
     detector: opt.DetectorName = Plan.detector,
     boxes: opt.Boxes = Plan.boxes,
     images_json: opt.ImagesJson = None,
@@ -50,6 +52,7 @@ def segment(
     min_area: opt.MinArea = Plan.min_area,
     max_area: opt.MaxArea = Plan.max_area,
     depth: opt.DepthName = Plan.depth,
+    depth_side: opt.DepthSide = Plan.depth_side,
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
@@ -64,6 +67,7 @@ def segment(
     prompt_batch: Annotated[
         int, typer.Option(min=1, help="Prompts in one call of the decoder.", rich_help_panel=MODEL)
     ] = Plan.prompt_batch,
+    threads: opt.Threads = Plan.threads,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -148,31 +152,35 @@ def _segment(segmenter: Any, plan: Plan, found: list[Any], images: list[Any], ou
     """Segment the images, some of those that were found, into the folder and say how it went; what --json prints."""
     from depthseg import data, sink
 
-    masks, failed = 0, 0
+    masks, failed, done = 0, 0, 0
     with sink.Sink(out, plan, found, segmenter.provenance, overwrite, images) as written, gracefully() as stopping:
         todo = [image for image in images if image.key not in written.done]
         if len(todo) < len(images):
             say(f"{len(images) - len(todo)} of {len(images)} images are done already")
+
+        def answers() -> Iterator[Any]:
+            """Those of all images, or, when asked to stop, up to the end of a batch."""
+            for count, answer in enumerate(segmenter.segment(todo), 1):
+                yield answer
+                if stopping() and count % plan.batch == 0:
+                    return
+
         start = time.monotonic()
-        with progress("images") as show:
+        with progress("images") as show, contextlib.closing(written.drawn(answers())) as drawn:
             show(0, len(todo))
-            for done, answer in enumerate(segmenter.segment(todo), 1):
-                failure = answer if isinstance(answer, data.Failure) else None
-                if not isinstance(answer, data.Failure):
-                    try:
-                        written.write(answer)
-                        masks += len(answer.masks)
-                    except OSError as error:
-                        failure = data.not_written(answer.image, error)
-                if failure:
+            for done, answer in enumerate(drawn, 1):
+                if isinstance(answer, data.Failure):
                     failed += 1
                     if failed <= FAILURES_SHOWN:
-                        say(f"failed: {failure.image.key}: {failure.reason}")
-                    written.failed(failure)
+                        say(f"failed: {answer.image.key}: {answer.reason}")
+                    written.failed(answer)
+                else:
+                    written.note(answer)
+                    masks += len(answer.masks)
                 show(done, len(todo))
-                if stopping() and done % plan.batch == 0:
-                    say(f"{done - failed} images done, {len(todo) - done} left")
-                    raise KeyboardInterrupt(stopping())
+        if done < len(todo):
+            say(f"{done - failed} images done, {len(todo) - done} left")
+            raise KeyboardInterrupt(stopping())
         seconds = time.monotonic() - start
     if todo:
         say(f"{len(todo) - failed} images, {masks} masks in {duration(seconds)}, {len(todo) / seconds:.2f} images/s")

@@ -8,14 +8,14 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from depthseg import __version__, formats
-from depthseg.data import Failure, gave_out, read, stamp
+from depthseg.data import Failure, gave_out, in_threads, not_written, read, stamp
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.journal import Lines, locked
 from depthseg.plan import Plan
@@ -157,6 +157,27 @@ class Sink:
 
     def write(self, record: Record) -> None:
         """The pictures of one image, then its journal line."""
+        self.draw(record)
+        self.note(record)
+
+    def drawn(self, answers: Iterable[Record | Failure], workers: int = 2) -> Generator[Record | Failure]:
+        """The answers in their order, each once its pictures are on the disk, which threads see to while the next ones are computed.
+
+        `note` is still to be called for each. A batch of answers waits at most. One whose pictures cannot be written becomes a Failure.
+        """
+
+        def attempt(answer: Record | Failure) -> Record | Failure:
+            try:
+                if isinstance(answer, Record):
+                    self.draw(answer)
+            except OSError as error:
+                return not_written(answer.image, error)
+            return answer
+
+        return in_threads(attempt, answers, workers, self.plan.batch + 1)  # answers come by batch
+
+    def draw(self, record: Record) -> None:
+        """The pictures of one image. Threads may draw different ones at a time."""
         image, masks, key = record.image, record.masks, record.image.key
         if self.plan.overlays:
             path = self.output / "overlays" / formats.overlay_name(key)
@@ -167,6 +188,10 @@ class Sink:
             formats.write_label_map(self.output / "labelmaps" / f"{key}.png", masks, image.size)
         if self.plan.instances:
             formats.write_instances(self.output / "instances" / key, masks)
+
+    def note(self, record: Record) -> None:
+        """The journal line of an image whose pictures are drawn: from now on it is done."""
+        image, masks, key = record.image, record.masks, record.image.key
         instances = []
         for i, rle in enumerate(masks.rle):
             x0, y0, x1, y1 = masks.box[i].tolist()

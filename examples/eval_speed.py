@@ -1,8 +1,8 @@
 """How much faster `depthseg eval` is than the official loop, with equal scores: `python examples/eval_speed.py IMAGES ANNOTATIONS`.
 
-The loop is written down here from its description: one image at a time, one prompt in each call of the decoder, all three candidate
-masks enlarged to the full picture in two steps, all annotations looked through for each image, clicks by a distance transform over
-the whole picture, and a run of its own for 1, 3 and 5 clicks. Both sides use the same network in fp32 and take turns in one process.
+The loop is that of depthseg/reference.py (one prompt in each call of the decoder, all three candidate masks enlarged to the full
+picture in two steps), and here from its description: all annotations looked through for each image, clicks by a distance transform
+over the whole picture, a run of its own for 1, 3 and 5 clicks. Both sides have the same weights in fp32 and take turns in one process.
 Options: --model NAME (random weights unless its own are here), --count N images (8), --rounds N (3), --threads N (1).
 """
 
@@ -10,18 +10,18 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from torch.nn import functional as F
 
-from depthseg import asking, catalog, score, truth
+from depthseg import asking, bench, reference, score, truth
 from depthseg.data import read
 from depthseg.masks import decode
 from depthseg.plan import Plan
-from depthseg.schema import Frame, Prompts
+from depthseg.schema import Prompts
 from depthseg.segment import Segmenter
 
 CLICKS = (1, 3, 5)
@@ -40,15 +40,11 @@ def click(wanted, seen, before):
     return x, y, positive
 
 
-@torch.inference_mode()
-def official(segmenter, data, annotations, clicks):
-    """mIoU in percent, by the loop; clicks None: boxes."""
-    network = segmenter.network
+def official(network, multimask, data, annotations, clicks):
+    """mIoU in percent, by the loop; clicks None: boxes. multimask: a function of the labels (K,) of a prompt."""
     ious = []
     for t in data.truths:
-        pixels = read(t.image).pixels
-        frame = Frame(t.image.size, network.side)
-        features = network.encode(torch.from_numpy(frame.image(pixels))[None])
+        features = reference.set_image(network, read(t.image).pixels)
         for annotation in [a for a in annotations if a["image_id"] == t.image.id]:
             if annotation["area"] < 1:
                 continue
@@ -63,14 +59,9 @@ def official(segmenter, data, annotations, clicks):
                 else:
                     x, y, w, h = annotation["bbox"]
                     prompt = Prompts.of(boxes=np.array([[x, y, x + w, y + h]]))
-                xy, labels = torch.from_numpy(frame.to_prompt(prompt.points)), torch.from_numpy(prompt.labels)
-                logits, predicted = network.decode(
-                    features, torch.zeros(1, dtype=torch.long), xy, labels, None, segmenter.multimask(labels[0].numpy())
-                )
-                large = F.interpolate(logits, (1024, 1024), mode="bilinear")
-                h, w = frame.prompt_inner
-                full = F.interpolate(large[..., :h, :w], t.image.size, mode="bilinear") > 0
-                seen = full[0, predicted[0].argmax()].numpy()
+                xy, labels = prompt.points[0], prompt.labels[0]
+                found, predicted = reference.predict(network, features, t.image.size, xy, labels, multimask(labels))
+                seen = found[predicted.argmax()]
             ious.append(np.logical_and(wanted, seen).sum() / (np.logical_or(wanted, seen).sum() + 1e-7))
     return 100 * np.mean(ious)
 
@@ -101,15 +92,14 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     data = truth.read(given.images, given.annotations, subset=given.count)
     annotations = json.loads(given.annotations.read_bytes())["annotations"]
-    row = catalog.MODELS[given.model]
-    torch.manual_seed(0)
-    network = catalog.load(given.model, path) if (path := catalog.find(row)) else catalog.resolve(row)(**row.args).eval()
-    network.specks = 0.0  # a rule of ours that the official loop does not have
     plan = Plan(model=given.model, zoom=False, device="cpu")
+    (network, _), (plain, _) = bench.network_for(plan, False), bench.network_for(plan, False)
+    network.specks = 0.0  # a rule of ours that the official loop does not have
     segmenter = Segmenter(plan, network=network, source=lambda images: [])
+    loop = partial(official, plain, segmenter.multimask, data, annotations)
     sides = {
-        "boxes": (lambda: [official(segmenter, data, annotations, None)], lambda: ours(segmenter, data, None)),
-        "1, 3, 5 clicks": (lambda: [official(segmenter, data, annotations, n) for n in CLICKS], lambda: ours(segmenter, data, CLICKS)),
+        "boxes": (lambda: [loop(None)], lambda: ours(segmenter, data, None)),
+        "1, 3, 5 clicks": (lambda: [loop(n) for n in CLICKS], lambda: ours(segmenter, data, CLICKS)),
     }
     print(f"{given.model}, {len(data.truths)} images, {sum(map(len, data.truths))} masks, {given.threads} thread, fp32")
     for what, (theirs, mine) in sides.items():

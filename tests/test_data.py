@@ -252,12 +252,41 @@ def test_pixels_in_memory_are_left_alone():
 # ---- reading ahead ----
 
 
+def photograph(h: int, w: int) -> PILImage.Image:
+    """Noise at several scales."""
+    g = np.random.default_rng(0)
+    octaves = [PILImage.fromarray(g.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((w, h), 3) for n in (4, 16, 64)]
+    return PILImage.blend(PILImage.blend(octaves[0], octaves[1], 0.4), octaves[2], 0.2)
+
+
+@pytest.mark.parametrize("orientation", (1, 6))
+@pytest.mark.parametrize("mode", ("RGB", "L", "CMYK"))
+@pytest.mark.parametrize("side", (803, 800))
+def test_a_large_jpeg_comes_smaller_where_that_is_enough(tmp_path, orientation, mode, side):
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    photograph(side - 200, side).convert(mode).save(tmp_path / "a.jpg", quality=90, exif=exif)
+    whole = load(tmp_path / "a.jpg")
+    for enough, scale in ((1000, 1), (side, 1), (side // 2 + 1, 1), (side // 2, 2), (200, 4), (100, 8), (10, 8)):
+        image = data.read(Image("a.jpg", 1, tmp_path / "a.jpg", (0, 0)), enough=enough)
+        assert image.size == whole.shape[:2] == ((side - 200, side) if orientation == 1 else (side, side - 200))
+        assert image.pixels.shape[:2] == tuple(-(-n // scale) for n in image.size)
+        small = np.asarray(PILImage.fromarray(whole).resize(image.pixels.shape[1::-1], PILImage.Resampling.BOX))
+        assert np.abs(image.pixels.astype(int) - small).mean() < (1 if side % 8 == 0 else 6)  # the last pixel reaches beyond the edge
+
+
+def test_only_jpegs_come_smaller(tmp_path):
+    photograph(60, 80).save(tmp_path / "a.png")
+    image = data.read(Image("a.png", 1, tmp_path / "a.png", (0, 0)), enough=10)
+    assert image.size == image.pixels.shape[:2] == (60, 80)
+
+
 def test_reading_ahead_keeps_order_and_bounds(pictures, monkeypatch):
     (pictures / "bad.jpg").write_text("no")
     images = data.find([pictures]) * 10
     lock, alive, most, real = threading.Lock(), 0, 0, data.read
 
-    def counting(image):
+    def counting(image, enough=None):
         nonlocal alive, most
         done = real(image)
         with lock:
@@ -306,3 +335,18 @@ def test_a_refused_file_is_a_failure_and_a_full_disk_is_not():
     assert data.not_written(image, OSError(errno.ENAMETOOLONG, "File name too long")) == data.Failure(image, "write", "File name too long")
     with pytest.raises(DepthsegError, match="full"):
         data.not_written(image, OSError(errno.ENOSPC, "disk full"))
+
+
+def test_an_exception_comes_after_the_results_before_it():
+    def items():
+        yield from (1, 2, 3)
+        raise KeyboardInterrupt(15)
+
+    stream, seen = data.in_threads(lambda n: 6 // (n - 2), items(), workers=2, ahead=5), []
+    with pytest.raises(ZeroDivisionError):
+        seen += [next(stream), next(stream)]
+    stream = data.in_threads(str, items(), workers=2, ahead=5)
+    with pytest.raises(KeyboardInterrupt, match="15"):
+        for n in stream:
+            seen.append(n)
+    assert seen == ["1", "2", "3"]

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from depthseg import depth as depth_module
 from depthseg import weights
 from depthseg.data import find, read
-from depthseg.depth import Cached, DepthAnything, DepthFolder, NanoDepth, normalise, write_maps
+from depthseg.depth import Cached, DepthAnything, DepthFolder, NanoDepth, depth_estimator, normalise, write_maps
 from depthseg.errors import MISSING_PIECE, USAGE, DepthsegError
 from depthseg.schema import Image
 
@@ -122,6 +122,18 @@ def test_depth_anything_in_a_batch_equals_one_by_one(anything, small, capfd):
     assert np.abs(batched[0] - batched[2]).max() > 0.01  # it does look at the picture
     assert estimator([]) == []
     assert capfd.readouterr() == ("", "")  # no progress bar
+
+
+def test_another_side_for_depth_anything_only(anything, small, monkeypatch, weights_cache):
+    monkeypatch.setattr("depthseg.weights.locate", lambda *rest: anything / "relative")
+    shapes = {}
+    for side in (None, 28):
+        chosen = depth_estimator("depth-anything-v2-small", "cpu", "fp32", False, side)
+        shapes[side] = chosen.estimator([image(h=40, w=60)])[0].shape
+    assert shapes == {None: (56, 84), 28: (28, 42)}  # the cache keeps them apart
+    monkeypatch.undo()
+    with pytest.raises(DepthsegError, match="one input size"):
+        depth_estimator("nano", "cpu", "fp32", False, 28)
 
 
 def test_depth_anything_is_what_transformers_gives(anything, small):

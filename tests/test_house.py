@@ -23,17 +23,17 @@ LAYERS = {
     "tables truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "backends models losses numerics",
     "stages": "fast_sam detect depth tasks weights pretrained",
-    "segment": "exactness segment asking",
+    "segment": "reference peers exactness segment asking",
     "training": "learner curves preflight validation",
     "verbs": "evaluate train bench",
-    "edge": "options terminal config doctor segment_cli data_cli train_cli weights_cli models_cli table_cli eval_cli convert_cli cli "
-    "__main__",
+    "edge": "options terminal config doctor segment_cli data_cli train_cli bench_cli weights_cli models_cli table_cli eval_cli convert_cli "
+    "cli __main__",
 }
 LEVEL = {module: level for level, names in enumerate(LAYERS.values()) for module in names.split()}
 FOREIGN = {  # third parties that each layer may use, beside the standard library and what the layers above it may
     "ground": set(),
     "data": {"numpy", "PIL", "pycocotools", "scipy", "lvis"},
-    "tensors": {"torch", "torchvision", "timm", "safetensors", "transformers openvino"},
+    "tensors": {"torch", "torchvision", "timm", "safetensors", "transformers", "openvino"},
     "stages": {"filelock", "transformers", "ultralytics", "groundingdino", "huggingface_hub"},
     "segment": set(),
     "training": {"tensorboard", "matplotlib"},

@@ -367,3 +367,34 @@ def test_only_slow_depth_is_cached_and_by_precision(monkeypatch, weights_cache):
         Segmenter(Plan(detector="grid", precision=p, depth="depth-anything-v2-small"), network=network).depth.name for p in ("fp32", "bf16")
     ]
     assert len(set(slow)) == 2
+
+
+def test_large_jpegs_are_decoded_small_only_where_no_stage_needs_more(tmp_path, monkeypatch):
+    h, w = 2400, 3600
+    y, x = np.mgrid[:h, :w]
+    blob = ((x - 2000) / 900) ** 2 + ((y - 1100) / 500) ** 2 < 1
+    PILImage.fromarray(np.where(blob, 220, 30).astype(np.uint8)).save(tmp_path / "a.jpg")
+    entries = [{"file_name": "a.jpg", "category_id": 7, "bbox": [1000, 500, 2100, 1200], "score": 0.9}]
+    (tmp_path / "boxes.json").write_text(json.dumps(entries))
+
+    def answer(**plan):
+        segmenter = Segmenter(Plan(boxes=str(tmp_path / "boxes.json"), **plan), network=Bright())
+        return run(segmenter, find([tmp_path / "a.jpg"]))[0]
+
+    full, small, zoomed = answer(draft=False), answer(), answer(zoom=True)
+    shapes = [r.image.pixels.shape[:2] for r in (full, small, zoomed)]
+    assert shapes == [(h, w), (h // 2, w // 2), (h, w)]
+    assert {r.image.size for r in (full, small, zoomed)} == {(h, w)} == {tuple(r.masks.rle[0]["size"]) for r in (full, small, zoomed)}
+    assert masks.iou(small.masks.rle, full.masks.rle)[0, 0] > 0.999
+    assert masks.iou(small.masks.rle, [masks.encode(blob)])[0, 0] > 0.9
+    given = Segmenter(Plan(), network=Bright(), source=around)
+    assert run(given, find([tmp_path / "a.jpg"]))[0].image.pixels.shape[:2] == (h, w)  # it may look at pixels
+
+
+def test_threads_are_those_that_were_asked_for():
+    before = torch.get_num_threads()
+    try:
+        Segmenter(Plan(threads=before + 1, device="cpu"), network=Bright(), source=around)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

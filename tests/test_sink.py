@@ -1,5 +1,6 @@
 """The output folder survives whatever happens to a run, and never mixes two."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -274,3 +275,51 @@ def test_a_run_goes_on_only_with_the_same_resolved_pieces(tmp_path, images):
             pass
     with Sink(tmp_path / "out", Plan(), images, pieces) as sink:
         assert not sink.done
+
+
+def test_pictures_are_drawn_while_the_next_answers_are_made(tmp_path, images):
+    """In order, a batch ahead at most; a journal line comes after its pictures, and a failure takes no other answer along."""
+    plan, made, most = Plan(batch=2), 0, 0
+    many = [replace(images[k % 3], key=f"{k:02}.png") for k in range(12)]
+    broken = Failure(replace(images[0], key="broken.png"), "read", "empty file")
+
+    with Sink(tmp_path / "out", plan, [*many, broken.image], {}) as sink:
+
+        def answers():
+            nonlocal made
+            for k, image in enumerate(many):
+                made += 1
+                yield broken if k == 5 else record(image)
+
+        draw = sink.draw
+
+        def refusing(answer):
+            if answer.image.key == "07.png":
+                raise OSError(errno.ENAMETOOLONG, "File name too long")
+            draw(answer)
+
+        sink.draw = refusing
+        seen = []
+        for answer in sink.drawn(answers()):
+            most = max(most, made - len(seen))
+            seen.append(answer.image.key)
+            if isinstance(answer, Failure):
+                assert (answer.image.key, answer.stage) in (("broken.png", "read"), ("07.png", "write"))
+                sink.failed(answer)
+                continue
+            assert (tmp_path / "out" / "overlays" / f"{answer.image.key}.jpg").is_file() and answer.image.key not in sink.done
+            sink.note(answer)
+        assert seen == [*(f"{k:02}.png" for k in range(5)), "broken.png", *(f"{k:02}.png" for k in range(6, 12))]
+        assert most <= plan.batch + 1
+        assert sink.done == set(seen) - {"broken.png", "07.png"}
+
+
+def test_a_full_disk_ends_the_drawing(tmp_path, images):
+    with pytest.raises(DepthsegError, match="takes nothing any more"), Sink(tmp_path / "out", Plan(), images, {}) as sink:
+
+        def full(answer):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        sink.draw = full
+        list(sink.drawn(record(image) for image in images))
+    assert manifest(tmp_path / "out")["counts"]["done"] == 0
