@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from depthseg import masks, sa1b
+from depthseg import catalog, masks, sa1b
 from depthseg.augment import TOKENS, view
 from depthseg.errors import DepthsegError
 from depthseg.learner import Learner
@@ -535,3 +535,24 @@ def test_a_fast_dev_run_does_three_steps_of_everything(root, tmp_path) -> None:
     assert done.stdout.strip() == str(tmp_path / "o" / "fast-dev-run" / "weights.safetensors")
     assert "preflight: learns" in done.stderr and "step 3 " in done.stderr
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["fast-dev-run"]
+
+
+def test_a_teacher_that_is_not_here_is_named(root, tmp_path) -> None:
+    with pytest.raises(DepthsegError, match="teacher sam-vit-h are not on this machine") as refused:
+        train(_plan(root, tmp_path / "o", stage="distil"))
+    assert "weights pull sam-vit-h" in refused.value.hint
+
+
+@pytest.mark.slow
+def test_distillation_from_a_network_of_the_catalog(root, tmp_path) -> None:
+    """MobileSAM of random weights teaches L0: the embeddings of the two families have one shape."""
+    entry = catalog.MODELS["mobile-sam"]
+    save(catalog.resolve(entry)(**entry.args), tmp_path / "teacher.safetensors", {})
+    plan = _plan(root, tmp_path / "o", stage="distil", model="efficientvit-sam-l0", teacher="mobile-sam", steps=1, batch=1, log_every=1,
+                 teacher_weights=str(tmp_path / "teacher.safetensors"))  # fmt: skip
+    train(plan)
+    (line,) = _log(tmp_path / "o")
+    assert line["embedding"] > 0 and -1 <= line["cosine"] <= 1
+    plan = replace(plan, model="nano", output=str(tmp_path / "p"))
+    with pytest.raises(DepthsegError, match=r"Choose a student|embeddings are"):
+        train(plan)

@@ -9,7 +9,7 @@ from torch import nn
 
 from depthseg import catalog, sa1b, weights
 from depthseg.depth import DepthFolder
-from depthseg.errors import DepthsegError
+from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.models import checkpoint
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
@@ -106,5 +106,11 @@ def _masks(plan: TrainPlan, stage: Stage, network: DepthSeg, entries: list[sa1b.
 def _teacher(plan: TrainPlan) -> nn.Module:
     """The model whose embeddings are learned, frozen."""
     entry = catalog.row(catalog.MODELS, plan.teacher, "teacher")
-    path = Path(plan.teacher_weights) if plan.teacher_weights else weights.locate(entry, plan.teacher, False)
+    path = Path(plan.teacher_weights) if plan.teacher_weights else weights.find(entry)
+    if path is None:
+        raise DepthsegError(
+            f"the weights of the teacher {plan.teacher} are not on this machine",
+            f"Pass --teacher-weights PATH, or run `depthseg weights pull {plan.teacher}` on a machine with a network.",
+            MISSING_PIECE,
+        )
     return catalog.load(plan.teacher, path).eval().requires_grad_(False)
