@@ -79,7 +79,7 @@ def predict(
     if ask.prompt != "detector" and not any(len(rules.asked(t)) for t in dataset.truths):
         raise DepthsegError(f"{dataset.file} has no mask to ask for under these rules", "Choose other images or rules.", NOTHING_TO_DO)
     if ask.prompt == "point":
-        segmenter.notes += segmenter.suits(max(ask.clicks), negatives=not rules.random)
+        segmenter.notes += [note.removeprefix("warning: ") for note in segmenter.suits(max(ask.clicks), negatives=not rules.random)]
     answers = click_answers if ask.prompt == "point" else box_answers
     failed: list[Failure] = []
     with predictions.Journal(folder, settings(dataset, segmenter, ask), dataset, overwrite) as journal:

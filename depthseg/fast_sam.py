@@ -62,6 +62,7 @@ class FastSam(nn.Module):
         labels: Tensor,
         masks: Tensor | None = None,
         multimask: bool = True,
+        best: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Logits (P, 1, 256, 256) and confidence (P, 1) of the masks that the prompts choose; shapes as in SamHead.
 

@@ -545,6 +545,19 @@ def test_mobile_sam_from_end_to_end(run, shared, pictures, tmp_path) -> None:
     assert all(torch.equal(a, converted[k]) for k, a in catalog.load("mobile-sam", tmp_path / "random.pt").state_dict().items())
 
 
+def test_an_evaluation_says_once_that_negative_clicks_are_not_heard(ti, pictures, coco_file, tmp_path) -> None:
+    from depthseg import asking, truth
+    from depthseg.score import Request
+
+    dataset = truth.read(pictures, coco_file)
+    segmenter = Segmenter(Plan(model="efficient-sam-ti"), network=ti, source=lambda images: [])
+    results, *_ = asking.predict(dataset, segmenter, Request("point", (1, 2)), tmp_path / "journal")
+    assert len(results) == 6
+    assert [note for note in segmenter.notes if "negative" in note] == ["efficient-sam-ti takes no notice of negative points"]
+    with pytest.raises(DepthsegError, match="at most 6 points"):
+        asking.predict(dataset, segmenter, Request("point", (7,)), tmp_path / "other")
+
+
 def test_the_zip_of_efficient_sam_s_is_read(tmp_path) -> None:
     torch.save({"model": {"a": torch.arange(3.0)}}, tmp_path / "s.pt")
     with zipfile.ZipFile(tmp_path / "s.pt.zip", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -76,7 +76,7 @@ class EdgeSam(Sam):
 
     def decode(self, *asked: Any, **more: Any) -> tuple[Tensor, Tensor]:
         """As DepthSeg.decode, with SAM's stability score (offset 1) in the place of the predicted IoU."""
-        logits, _ = super().decode(*asked, **more)
+        logits, _ = super().decode(*asked[:6], **more)  # all candidates: they are ranked by another number
         inner, outer = ((logits > offset).sum((2, 3)) for offset in (1.0, -1.0))
         return logits, inner / outer.clamp_min(1)
 

@@ -198,6 +198,7 @@ class EfficientSam(nn.Module):
         labels: Tensor,
         masks: Tensor | None = None,
         multimask: bool = True,
+        best: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As DepthSeg.decode. Raises DepthsegError for a mask as prompt and for more than six points."""
         if masks is not None:

@@ -27,7 +27,14 @@ class Mirrored(nn.Module):
         return self.network.encode(rgb, depth), self.network.encode(rgb.flip(-1), None if depth is None else depth.flip(-1))
 
     def decode(
-        self, features: Any, owner: Tensor, points: Tensor, labels: Tensor, masks: Tensor | None = None, multimask: bool = True
+        self,
+        features: Any,
+        owner: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        masks: Tensor | None = None,
+        multimask: bool = True,
+        best: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Logits (P, M, s, s) and predicted IoU (P, M), candidate by candidate the mean of both. Shapes as in models.depthseg."""
         logits, iou = self.network.decode(features[0], owner, points, labels, masks, multimask)

@@ -60,9 +60,10 @@ class Sam(SamHead):
         labels: Tensor,
         masks: Tensor | None = None,
         multimask: bool = True,
+        best: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As DepthSeg.decode."""
-        logits, iou, _ = self(features, owner, points, labels, masks, range(1, 4) if multimask else range(1))
+        logits, iou, _ = self(features, owner, points, labels, masks, range(1, 4) if multimask else range(1), best=best)
         return logits, iou
 
     def published(self, path: Path) -> State:
