@@ -193,9 +193,9 @@ def _cases(
             ours[chosen[0]] = Segmenter(plan, network=network, source=lambda images: [], depth=chosen[1])
         with progress("turns") as show:
             rows = bench.cases(ours, others, sizes, counts, Path(scratch), images, rounds, own, show)
-        for row in rows:
+        for measured in rows:
             for name in peers:
-                row["against"][name]["miou"] = None  # another network's masks say nothing about ours
+                measured["against"][name]["miou"] = None  # another network's masks say nothing about ours
         about = {"model": plan.model, "weights": "random" if random else "trained", **bench.measure(plan.model), "device": str(where)}
         settings = {"precision": precision, "threads": torch.get_num_threads(), "batch": plan.batch, "images": images, "rounds": rounds}
         return {"schema_version": 1, **about, **settings, "peaks": bench.peaks(where, precision), "cases": rows}
