@@ -194,6 +194,9 @@ def _cases(
             ours[chosen[0]] = Segmenter(plan, network=network, source=lambda images: [], depth=chosen[1])
         with progress("turns") as show:
             rows = bench.cases(ours, others, sizes, counts, Path(scratch), images, rounds, own, show)
+        for measured in rows:
+            for name in peers:
+                measured["against"][name]["miou"] = None  # another network's masks say nothing about ours
         about = {"model": plan.model, "weights": "random" if random else "trained", **bench.measure(plan.model), "device": str(where)}
         settings = {"precision": precision, "threads": torch.get_num_threads(), "batch": plan.batch, "images": images, "rounds": rounds}
         return {"schema_version": 1, **about, **settings, "peaks": bench.peaks(where, precision), "cases": rows}
@@ -219,7 +222,7 @@ def _show(told: dict[str, Any]) -> None:
     table(["size", "boxes", "depth", "images/s", "model only", "wall ms", "CPU ms", *(f"{s} CPU ms" for s in names)], rows)
     against = [
         [name, *_case(row), f"{1000 * it['seconds'][1]:.0f}", f"{1000 * row['seconds'][1]:.0f}",
-         *(f"{v:.2f}" for v in it["ratio"]), f"{it['miou']:.5f}"]
+         *(f"{v:.2f}" for v in it["ratio"]), "" if it["miou"] is None else f"{it['miou']:.5f}"]
         for row in told["cases"] for name, it in row["against"].items()
     ]  # fmt: skip
     if against:
