@@ -50,7 +50,7 @@ class Plan:
     confidence: float | None = None  # boxes under this score are dropped; None: the detector's own limit, none of a file's
     max_boxes: int | None = None  # per image, best first; None: MAX_BOXES for a detector, all of a file's
     depth_side: int | None = None  # pixels of the shorter side of Depth Anything's input; None: 518, as it was trained
-    draft: bool = True  # large JPEGs are decoded to a half, quarter or eighth of their size where no stage needs more
+    draft: bool = False  # large JPEGs are decoded to a half, quarter or eighth of their size where no stage needs more
     threads: int | None = None  # of torch's on the CPU; None: the cores that this process may use
     zoom: bool | None = None  # decode every box on a crop of twice its size; None: where a crop costs less than a whole picture (nano)
     refine: str = "none"  # a key of REFINEMENTS

@@ -11,7 +11,7 @@ from depthseg import catalog, masks, refine
 from depthseg.errors import DepthsegError
 from depthseg.models.mirrored import Mirrored, mirrored
 from depthseg.plan import REFINEMENTS, Plan
-from depthseg.schema import ABSENT, NEGATIVE, PADDING, POSITIVE, Prompts
+from depthseg.schema import ABSENT, NEGATIVE, PADDING, POSITIVE, Frame, Prompts
 from depthseg.segment import Segmenter, View
 
 
@@ -74,6 +74,7 @@ class Growing(nn.Module):
     """A disc around the last token, the larger and the surer the more positive points there are; cells are 4 pixels of 64."""
 
     side, zoom_side, alpha, single_mask_for, grid_limits, specks = 64, 64, None, "never", (0.0, 0.0), 0.0
+    frame, most_points, hears_negatives = Frame, None, True
 
     def __init__(self, sure: float = 0.1):
         super().__init__()
@@ -83,7 +84,7 @@ class Growing(nn.Module):
         self.encoded = getattr(self, "encoded", 0) + len(rgb)
         return (rgb,)
 
-    def decode(self, features, owner, points, labels, earlier=None, multimask=True):
+    def decode(self, features, owner, points, labels, earlier=None, multimask=True, best=False):
         self.calls.append(labels.tolist())
         known = (labels == POSITIVE).sum(1)
         at = (torch.arange(256) + 0.5) * 4
