@@ -8,15 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 
 from depthseg import __version__, backends, catalog, masks, refine, weights
 from depthseg.data import Failure, Unreadable, read_ahead
@@ -30,76 +29,23 @@ from depthseg.numerics import device_of, inference, keep_memory, precision_of, t
 from depthseg.plan import Plan
 from depthseg.schema import (
     ABSENT,
-    CORNER_MAX,
     CORNER_MIN,
     NEGATIVE,
     POSITIVE,
-    PROMPT_SIDE,
     Array,
-    Boxes,
     Crop,
     Depth,
     Frame,
     Image,
-    Masks,
     Prompts,
     Record,
 )
+from depthseg.views import Answer, Encoded, View, box_of, fit, masks_of, prompts_of, rows_of, whole
 
 T = TypeVar("T")
 Seconds = defaultdict[str, float]  # by stage
 
 NAMES_SHOWN = 3  # of the entries that name no image
-ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
-ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
-
-
-class Answer(NamedTuple):
-    """One mask."""
-
-    prompt: int  # position of the prompt that it answers
-    rle: dict  # in original pixels
-    predicted_iou: float
-    stability: float
-
-
-@dataclass(frozen=True)
-class View:
-    """What the encoder looks at: a whole picture, or a piece of it."""
-
-    pixels: Array  # uint8 (h, w, 3)
-    depth: Array | None  # float (h', w') of the same view, near is 1
-    canvas: tuple[int, int]  # h, w of the whole picture
-    corner: tuple[int, int] = (0, 0)  # x, y of this piece in it
-    size: tuple[int, int] | None = None  # h, w of this view in the picture's own pixels, where `pixels` are fewer
-
-    def crop(self, box: Array) -> "View":
-        """The square piece twice as long as the box (4,), clipped to the picture."""
-        h, w = self.canvas
-        low, high = np.clip(box[:2], 0, (w, h)), np.clip(box[2:], 0, (w, h))
-        half = max(ZOOM_FACTOR * float((high - low).max()), ZOOM_LEAST) / 2
-        x0, y0 = np.floor(np.maximum((low + high) / 2 - half, 0)).astype(int).tolist()
-        x1, y1 = np.ceil(np.minimum((low + high) / 2 + half, (w, h))).astype(int).tolist()
-        depth = self.depth
-        if depth is not None:  # its pixels need not be those of the picture: cut out with fractions of a pixel
-            sx, sy = depth.shape[1] / w, depth.shape[0] / h
-            whole = PILImage.fromarray(depth.astype(np.float32))
-            piece = (x0 * sx, y0 * sy, x1 * sx, y1 * sy)
-            depth = np.asarray(whole.resize((x1 - x0, y1 - y0), PILImage.Resampling.BILINEAR, box=piece))
-        return View(self.pixels[y0:y1, x0:x1], depth, self.canvas, (x0, y0))
-
-    def paste(self, crop: Crop) -> Crop:
-        """A mask of this view as one of the whole picture."""
-        (x, y), (left, top) = crop.corner, self.corner
-        return Crop(crop.pixels, (left + x, top + y), self.canvas)
-
-
-class Encoded(NamedTuple):
-    """Features of some views, with what it takes to ask about them. Held by the caller, never by the Segmenter."""
-
-    features: Any  # what the network's encode gave
-    views: list[View]
-    frames: list[Frame]
 
 
 class Segmenter:
@@ -277,14 +223,14 @@ class Segmenter:
 
         asked = stage("detect", self.source)
         depths = stage("depth", self.depth) if self.depth else {}
-        views = [_whole(image, depths.get(k)) for k, image in images.items()]
+        views = [whole(image, depths.get(k)) for k, image in images.items()]
         grid = self.detector == "grid"
         overlap = catalog.DETECTORS[self.detector].overlap if self.detector in catalog.DETECTORS else ""
-        answers = self.masks_for(views, [_prompts(asked[k]) for k in images], strict=grid, spent=spent)
+        answers = self.masks_for(views, [prompts_of(asked[k]) for k in images], strict=grid, spent=spent)
         for (k, image), found in zip(images.items(), answers):
             with self.timed(spent, "masks"):
                 labels = self.source.categories(image) if isinstance(self.source, PointsFile) else None
-                result = _masks(found, asked[k], labels, overlap, self.plan)
+                result = masks_of(found, asked[k], labels, overlap, self.plan)
             out[k] = Record(image, result, self.plan.digest(), {}, depths.get(k))
         share = {name: seconds / len(held) for name, seconds in spent.items()}
         yield from (replace(item, seconds=share) if isinstance(item, Record) else item for item in out if item)
@@ -308,7 +254,7 @@ class Segmenter:
         crops = [(v, np.array([i])) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]  # one view, one prompt
 
         def ask(some: list[tuple[int, Array]], seen: list[View], side: int) -> None:
-            questions = [_rows(asked[v], rows, view.corner) for (v, rows), view in zip(some, seen)]
+            questions = [rows_of(asked[v], rows, view.corner) for (v, rows), view in zip(some, seen)]
             found = self.decode(self.encode(seen, side, spent), questions, strict, spent)
             for (v, rows), those in zip(some, found):
                 answers[v] += [a._replace(prompt=int(rows[a.prompt])) for a in those]
@@ -320,7 +266,7 @@ class Segmenter:
         size *= (self.network.side // self.network.zoom_side) ** 2  # one encoder call has the pixels of a batch of wholes
         for start in range(0, len(crops), size):
             some = crops[start : start + size]
-            ask(some, [views[v].crop(_box(asked[v], rows[0])) for v, rows in some], self.network.zoom_side)
+            ask(some, [views[v].crop(box_of(asked[v], rows[0])) for v, rows in some], self.network.zoom_side)
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
@@ -413,7 +359,7 @@ class Segmenter:
         logits, iou = self.network.decode(
             encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask, not self.by_box
         )
-        rank = _fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
+        rank = fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
         best = rank.argmax(1)  # before anything is enlarged; unless by box, the network has left the others out
         every = torch.arange(len(best), device=best.device)
         return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
@@ -437,57 +383,6 @@ class Segmenter:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
-
-
-def _fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:
-    """IoU (P, C) of each candidate, logits (P, C, s, s), with the prompt's own box; points (P, K, 2) in the prompt frame."""
-    at = (torch.arange(logits.shape[-1], device=logits.device) + 0.5) * PROMPT_SIDE / logits.shape[-1]
-    corners = [torch.from_numpy(points[labels == label]).to(logits.device) for label in (CORNER_MIN, CORNER_MAX)]  # each (P, 2)
-    (x0, y0), (x1, y1) = (c.T[..., None] for c in corners)
-    box = ((at >= y0) & (at <= y1))[:, None, :, None] & ((at >= x0) & (at <= x1))[:, None, None]
-    mask = logits > 0
-    return (mask & box).sum((2, 3)) / (mask | box).sum((2, 3)).clamp(min=1)
-
-
-def _whole(image: Image, depth: Array | None) -> View:
-    assert image.pixels is not None
-    return View(image.pixels, depth, image.size, size=image.size)
-
-
-def _prompts(asked: Boxes | Prompts) -> Prompts:
-    return Prompts.of(boxes=asked.xyxy) if isinstance(asked, Boxes) else asked
-
-
-def _rows(asked: Prompts, index: Array, corner: tuple[int, int]) -> Prompts:
-    """Some of the prompts, in the coordinates of a view that starts at `corner`."""
-    points = asked.points[index] - np.array(corner, np.float32)
-    return Prompts(points, asked.labels[index], None if asked.masks is None else asked.masks[index])
-
-
-def _box(asked: Prompts, row: int) -> Array:
-    """xyxy (4,) of a prompt that has a box."""
-    first = asked.labels[row].tolist().index(CORNER_MIN)
-    return asked.points[row, first : first + 2].reshape(4)
-
-
-def _masks(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, overlap: str, plan: Plan) -> Masks:
-    """The masks with an area that the plan takes, best score first; with `overlap`, without those that overlap a better one too much.
-
-    labels: category id of each prompt (P,) where there are no boxes to say it. overlap: as in catalog.Row.
-    """
-    area = masks.area([a.rle for a in answers])
-    taken = (area >= max(1, plan.min_area or 1)) & (area <= (plan.max_area or np.inf))
-    answers, area = [a for a, keep in zip(answers, taken) if keep], area[taken]
-    rle = [a.rle for a in answers]
-    prompt = np.array([a.prompt for a in answers], int)
-    ious = np.array([a.predicted_iou for a in answers], np.float32)
-    stability = np.array([a.stability for a in answers], np.float32)
-    if isinstance(asked, Boxes):
-        score, label, names = asked.score[prompt], asked.label[prompt], asked.names
-    else:
-        score, label, names = ious, np.ones(len(ious), np.int64) if labels is None else labels[prompt], {1: "object"}
-    result = Masks(rle, masks.boxes(rle), area, ious, stability, score, label, names, prompt)
-    return result.keep(masks.suppress(rle, score, plan.nms, nested=overlap == "share") if overlap else np.argsort(-score, kind="stable"))
 
 
 def one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:
