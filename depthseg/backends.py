@@ -23,6 +23,9 @@ from depthseg.numerics import PRECISIONS
 from depthseg.plan import BACKENDS
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # precisions as OpenVINO calls them
+# OpenVINO lays a stack for signals with each model and takes them away in the order in which the models go, not the other way round:
+# the next SIGTERM would meet one that is gone. So none goes before the process does.
+_KEPT: list[Any] = []
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
@@ -96,6 +99,7 @@ class OpenVino(nn.Module):
             if not (folder / "model.xml").is_file():
                 _convert(network, example, folder)
             core = openvino.Core()
+            _KEPT.append(core)
             self._run = core.compile_model(
                 core.read_model(folder / "model.xml"),
                 "CPU",
@@ -106,6 +110,7 @@ class OpenVino(nn.Module):
                     "CACHE_DIR": str(folder),
                 },
             )
+            _KEPT.append(self._run)
         except OSError as e:
             raise DepthsegError(f"OpenVINO's cache {folder} cannot be written ({e.strerror})", "Set DEPTHSEG_WEIGHTS to a folder.") from e
         with torch.inference_mode():

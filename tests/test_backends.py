@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,3 +148,18 @@ def test_a_cpu_that_lacks_a_precision_is_named(monkeypatch):
     assert backends.note("torch", "fp32", CPU) is backends.note("torch", "bf16", torch.device("cuda")) is None
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True, raising=False)
     assert backends.note("torch", "bf16", CPU) is None
+
+
+@openvino
+def test_a_signal_finds_its_stack_when_compiled_networks_are_gone(tmp_path):
+    """In a process of its own, for what is tested is that it lives."""
+    code = (
+        "import gc, os, signal, faulthandler; faulthandler.enable()\n"
+        "from depthseg import backends, catalog\n"
+        "a, b = (backends.ready(catalog.load('nano').image_encoder, 'openvino') for _ in range(2))\n"
+        "del a; gc.collect(); del b; gc.collect()\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: print('heard'))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr[-500:]
