@@ -164,7 +164,7 @@ def _cases(
         from depthseg import peers as other
         from depthseg import reference as official
         from depthseg.numerics import device_of, precision_of
-        from depthseg.segment import Segmenter
+        from depthseg.segment import Segmenter, prepared
 
         where = device_of(plan.device)
         precision = precision_of(plan.precision, where)
@@ -189,6 +189,7 @@ def _cases(
             else:
                 ready = depth.depth_estimator(plan.depth, where, precision, pull, plan.backend, plan.depth_side)
                 chosen = ready.name, ready.estimator.depth if isinstance(ready.estimator, depth.Cached) else ready.estimator
+        network = prepared(network, plan, precision, where)
         ours = {"none": Segmenter(replace(plan, depth="none"), network=network, source=lambda images: [])}
         if chosen:
             ours[chosen[0]] = Segmenter(plan, network=network, source=lambda images: [], depth=chosen[1])
@@ -198,7 +199,14 @@ def _cases(
             for name in peers:
                 measured["against"][name]["miou"] = None  # another network's masks say nothing about ours
         about = {"model": plan.model, "weights": "random" if random else "trained", **bench.measure(plan.model), "device": str(where)}
-        settings = {"precision": precision, "threads": torch.get_num_threads(), "batch": plan.batch, "images": images, "rounds": rounds}
+        settings = {
+            "backend": plan.backend,
+            "precision": precision,
+            "threads": torch.get_num_threads(),
+            "batch": plan.batch,
+            "images": images,
+            "rounds": rounds,
+        }
         return {"schema_version": 1, **about, **settings, "peaks": bench.peaks(where, precision), "cases": rows}
 
 
@@ -206,8 +214,8 @@ def _show(told: dict[str, Any]) -> None:
     """The same for people: times in milliseconds for an image."""
     typer.echo(
         f"{told['model']} ({told['weights']} weights): {told['params'] / 1e6:.1f} M parameters, {told['macs'] / 1e9:.2f} G multiply-adds "
-        f"to encode; {told['precision']} on {told['device']}, {told['threads']} threads, {told['images']} images in batches of "
-        f"{told['batch']}, medians of {told['rounds']}"
+        f"to encode; {told['backend']} in {told['precision']} on {told['device']}, {told['threads']} threads, {told['images']} images in "
+        f"batches of {told['batch']}, medians of {told['rounds']}"
     )
     rows, shares = [], []
     names = [s for s in ("read", "depth", "encode", "decode", "masks") if any(s in row["stages"] for row in told["cases"])]

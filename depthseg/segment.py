@@ -109,9 +109,7 @@ class Segmenter:
         name = self.plan.model
         entry = catalog.row(catalog.MODELS, name, "model")
         path = Path(self.plan.weights) if self.plan.weights else weights.locate(entry, name, self._pull, self._progress)
-        network = catalog.load(name, path)
-        for encoder in ("image_encoder", "depth_encoder")[: 1 if network.alpha is None or self.plan.depth == "none" else 2]:
-            setattr(network, encoder, backends.ready(getattr(network, encoder), self.plan.backend, self.precision, self.device))
+        network = prepared(catalog.load(name, path), self.plan, self.precision, self.device)
         self._chosen("model", name, None if self.plan.weights else entry, path)
         return network
 
@@ -383,6 +381,13 @@ class Segmenter:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
+
+
+def prepared(network: Any, plan: Plan, precision: str, device: torch.device) -> Any:
+    """The network with encoders that compute as the plan says, for inference alone; those that the plan does not ask stay as they are."""
+    for encoder in ("image_encoder", "depth_encoder")[: 1 if network.alpha is None or plan.depth == "none" else 2]:
+        setattr(network, encoder, backends.ready(getattr(network, encoder), plan.backend, precision, device))
+    return network
 
 
 def one_by_one_if_need_be(stage: str, call: Callable[[list[Image]], Sequence[T]], images: list[Image]) -> Sequence[T | Failure]:
