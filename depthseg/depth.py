@@ -80,6 +80,7 @@ class DepthAnything:
     PATCH = 14  # both sides are multiples of it
     MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB in 0..1
     STD = np.array([0.229, 0.224, 0.225], np.float32)
+    side: int | None = None  # another SIDE
 
     def __init__(self, repo_or_folder: str | Path, device: Any = "cpu", precision: str = "fp32", backend: str = "torch", batch: int = 4):
         folder = Path(repo_or_folder) if Path(repo_or_folder).is_dir() else weights.hub_folder(str(repo_or_folder))
@@ -101,7 +102,6 @@ class DepthAnything:
                 return self.network(x).predicted_depth
 
         self.device, self.precision, self.batch = torch.device(device), precision, batch
-        self.side: int | None = None  # another SIDE
         self._metric = network.config.depth_estimation_type == "metric"
         # OpenVINO would keep the size of the first picture, as transformers' code fixes it while it is traced: torch runs it then
         self._network = backends.ready(Map().eval(), "torch" if backend == "openvino" else backend, precision, self.device)

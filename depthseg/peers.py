@@ -4,7 +4,6 @@ Weights are random, for speed does not depend on them; `ellipses` make their mas
 missing where its package is not there.
 """
 
-import importlib.util
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import masks
-from depthseg.errors import MISSING_PIECE, DepthsegError
+from depthseg.detect.yolo import package
 from depthseg.reference import ellipses
 from depthseg.schema import PROMPT_SIDE, Array
 
@@ -23,8 +22,7 @@ class MobileSam:
     """MobileSAM by `predict` of ultralytics: all boxes of a picture in one call."""
 
     def __init__(self, device: Any = "cpu"):
-        if importlib.util.find_spec("ultralytics") is None:
-            raise DepthsegError("the peer mobilesam needs ultralytics", "To get it: pip install 'depthseg[yolo]'.", MISSING_PIECE)
+        package("the peer mobilesam", "leave --peer mobilesam out")
         from ultralytics.models.sam.build import build_mobile_sam
         from ultralytics.models.sam.predict import Predictor
 

@@ -318,8 +318,8 @@ class StretchedFrame(Frame):
         (h, w), s = self.size, low.shape[0]
         return (_bicubic(s, w) @ (_bicubic(s, h) @ low).T).T
 
-    def mask(self, low: Array) -> Array:
-        return self.logits(low) >= 0  # everywhere: a cubic may be positive beside negative numbers
+    def crop(self, low: Array) -> Crop:
+        return Crop(self.logits(low) >= 0, (0, 0), self.size)  # everywhere: a cubic may be positive beside negative numbers
 
 
 class GreyFrame(Frame):

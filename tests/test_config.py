@@ -71,7 +71,7 @@ def test_a_file_after_the_command_takes_the_place_of_one_before_it(shown, run):
 
 def test_values_reach_the_command(run, monkeypatch):
     got = {}
-    monkeypatch.setattr("depthseg.train.train", lambda plan, resume, progress: got.update(vars(plan), resume=resume) or "w")
+    monkeypatch.setattr("depthseg.train.train", lambda plan, resume, **rest: got.update(vars(plan), resume=resume) or "w")
     Path("depthseg.toml").write_text("""
         stage = 1
         lr = 1

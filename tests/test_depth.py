@@ -128,12 +128,12 @@ def test_another_side_for_depth_anything_only(anything, small, monkeypatch, weig
     monkeypatch.setattr("depthseg.weights.locate", lambda *rest: anything / "relative")
     shapes = {}
     for side in (None, 28):
-        chosen = depth_estimator("depth-anything-v2-small", "cpu", "fp32", False, side)
+        chosen = depth_estimator("depth-anything-v2-small", "cpu", "fp32", False, side=side)
         shapes[side] = chosen.estimator([image(h=40, w=60)])[0].shape
     assert shapes == {None: (56, 84), 28: (28, 42)}  # the cache keeps them apart
     monkeypatch.undo()
     with pytest.raises(DepthsegError, match="one input size"):
-        depth_estimator("nano", "cpu", "fp32", False, 28)
+        depth_estimator("nano", "cpu", "fp32", False, side=28)
 
 
 def test_depth_anything_is_what_transformers_gives(anything, small):

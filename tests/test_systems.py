@@ -55,7 +55,7 @@ def test_the_stretched_frame_is_torchs_interpolation(size) -> None:
     low = np.random.default_rng(1).standard_normal((256, 256)).astype(np.float32)
     large = F.interpolate(torch.from_numpy(low)[None, None].double(), size, mode="bicubic")[0, 0].numpy()
     np.testing.assert_allclose(frame.logits(low), large, atol=5e-6)
-    unlike = frame.mask(low) != (large >= 0)
+    unlike = frame.crop(low).whole() != (large >= 0)
     assert np.abs(large[unlike]).max(initial=0) < 5e-6
     corner = np.array([size[1], size[0]])
     assert np.array_equal(frame.to_prompt(corner), [1024, 1024]) and frame.valid(256) == (256, 256)
@@ -224,7 +224,7 @@ def check(network, name: str, shared, full: float) -> None:
                     large = np.stack([frame.logits(g) for g in got])
                     np.testing.assert_allclose(large[:, ::8, ::8], truth[f"{one}_full_strided8"], atol=full)
                     (area,) = [truth[k] for k in truth if k.startswith(f"{one}_full_area")]
-                    np.testing.assert_allclose([frame.mask(g).sum() for g in got], area, atol=2)  # pixels within rounding of 0
+                    np.testing.assert_allclose([frame.crop(g).pixels.sum() for g in got], area, atol=2)  # pixels within rounding of 0
 
 
 @pytest.mark.slow
@@ -414,12 +414,12 @@ def test_fast_sam_finds_what_ultralytics_does_and_chooses_as_well(fast_file) -> 
     (result,) = theirs.predict(PILImage.fromarray(pixels), **words)
     np.testing.assert_allclose(confidence, result.boxes.conf, atol=1e-5)
     for mine, wanted in list(zip(every, result.masks.data.numpy() > 0))[::10]:
-        assert overlap(frame.mask(mine.numpy()), wanted) > 0.95
+        assert overlap(frame.crop(mine.numpy()).whole(), wanted) > 0.95
     for i, (x0, y0, x1, y1) in enumerate(boxes.astype(int).tolist()):
         (result,) = theirs.predict(PILImage.fromarray(pixels), **words, bboxes=[[x0, y0, x1, y1]])
         box = np.zeros((side, side), bool)
         box[y0:y1, x0:x1] = True
-        assert overlap(frame.mask(logits[i, 0].numpy()), box) > overlap(result.masks.data[0].numpy() > 0, box) - 0.02
+        assert overlap(frame.crop(logits[i, 0].numpy()).whole(), box) > overlap(result.masks.data[0].numpy() > 0, box) - 0.02
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:

@@ -35,9 +35,10 @@ def package(who: str, instead: str) -> Any:
 
     theirs = PILImage.open, torch.save
     try:
-        import ultralytics
+        with torch.device("cpu"):  # it makes tensors while it is imported, which all its networks share
+            import ultralytics
 
-        _ = ultralytics.YOLO  # here the real import happens
+            _ = ultralytics.YOLO  # here the real import happens
     except ImportError as e:
         install = f"Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or {instead}."
         raise DepthsegError(f"{who} needs the package ultralytics ({e})", install, MISSING_PIECE) from e
