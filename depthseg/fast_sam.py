@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
-from depthseg.detect.yolo import opened, package
+from depthseg.detect.yolo import contained, opened, package
 from depthseg.errors import DepthsegError
 from depthseg.schema import CORNER_MAX, CORNER_MIN, NEGATIVE, POSITIVE, PROMPT_SIDE, GreyFrame
 
@@ -36,7 +36,8 @@ class FastSam(nn.Module):
     def __init__(self, variant: str):
         super().__init__()
         package("FastSAM", "use another model")
-        from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
+        with contained():
+            from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 
         with torch.device("cpu"):  # it computes its strides by a real pass
             self.image_encoder = SegmentationModel(yaml_model_load(f"yolov8{variant}-seg.yaml") | {"nc": 1}, verbose=False)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import masks
-from depthseg.detect.yolo import package
+from depthseg.detect.yolo import contained, package
 from depthseg.reference import ellipses
 from depthseg.schema import PROMPT_SIDE, Array
 
@@ -23,8 +23,9 @@ class MobileSam:
 
     def __init__(self, device: Any = "cpu"):
         package("the peer mobilesam", "leave --peer mobilesam out")
-        from ultralytics.models.sam.build import build_mobile_sam
-        from ultralytics.models.sam.predict import Predictor
+        with contained():
+            from ultralytics.models.sam.build import build_mobile_sam
+            from ultralytics.models.sam.predict import Predictor
 
         network = build_mobile_sam(None)
         network.mask_decoder.register_forward_hook(self._shape)

@@ -1,6 +1,7 @@
 """Fixtures for all tests, and an environment in which no test touches the network, the user's caches or every core."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -102,3 +103,9 @@ def run(capsys: pytest.CaptureFixture[str]):
         return leaving.value.code, out, err
 
     return call
+
+
+def needs_ultralytics() -> None:
+    """Skip where the extra yolo is not installed. Looks without importing: that would change PIL.Image.open for all tests after."""
+    if importlib.util.find_spec("ultralytics") is None:
+        pytest.skip("needs the extra yolo")

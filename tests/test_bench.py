@@ -1,10 +1,12 @@
 """Counts on the meta device against the published numbers and against a real forward pass; cases in turns with the official loop."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import needs_ultralytics
 from PIL import Image as PILImage
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +45,7 @@ def test_the_meta_device_counts_what_a_real_pass_does():
 @pytest.mark.parametrize("name", catalog.MODELS)
 def test_the_table_shows_what_is_counted(name):
     if "extra yolo" in catalog.MODELS[name].note:
-        pytest.importorskip("ultralytics")
+        needs_ultralytics()
     got, row = bench.measure(name), catalog.MODELS[name]
     assert round(got["params"] / 1e6, 1) == row.millions and got["macs"] / 1e9 == pytest.approx(row.gmacs, abs=0.011)
 
@@ -156,7 +158,7 @@ def test_what_cannot_be_measured_is_refused(capsys, words, said):
 
 
 def test_a_peer_without_its_package_says_how_to_get_it(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
     code, _, err = run(capsys, "--peer", "mobilesam")
     assert code == 5 and "pip install 'depthseg[yolo]'" in err
 
@@ -165,7 +167,7 @@ def test_a_peer_without_its_package_says_how_to_get_it(capsys, monkeypatch):
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peers_answer_with_a_mask_for_each_box(name, tmp_path):
     if name == "mobilesam":
-        pytest.importorskip("ultralytics")
+        needs_ultralytics()
     (photo,) = bench.photographs((96, 128), 1, 3, tmp_path)
     found = peers.PEERS[name](torch.device("cpu"))(photo.jpeg, photo.boxes)
     sides = photo.boxes[:, 2:] - photo.boxes[:, :2]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import needs_ultralytics
 from synthetic import DATA, checkpoint, picture
 from torch import nn
 
@@ -217,7 +218,7 @@ def _fused(network, x, d):
 def test_every_row_builds_and_takes_its_native_input(name: str) -> None:
     row = catalog.MODELS[name]
     if "extra yolo" in row.note:
-        pytest.importorskip("ultralytics")
+        needs_ultralytics()
     with torch.device("meta"):
         network = catalog.resolve(row)(**row.args).eval().to("meta")
         x = torch.empty(1, 3, row.input, row.input)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import needs_ultralytics
 from PIL import Image as PILImage
 from synthetic import DATA, checkpoint, picture
 from torch import nn
@@ -376,7 +377,7 @@ def test_clicks_that_do_not_suit_are_told_before_the_run(ti, pictures, tmp_path)
 @pytest.fixture(scope="module")
 def fast_file(tmp_path_factory):
     """A checkpoint of ultralytics with random weights and scores about 0.5."""
-    pytest.importorskip("ultralytics", reason="needs the extra yolo")
+    needs_ultralytics()
     from depthseg import fast_sam
 
     torch.manual_seed(0)
@@ -464,7 +465,7 @@ SYSTEMS = {"mobile-sam": 128, "edge-sam": 128, "efficient-sam-ti": 128, "fastsam
 
 def random_network(name: str, monkeypatch):
     if "extra yolo" in catalog.MODELS[name].note:
-        pytest.importorskip("ultralytics")
+        needs_ultralytics()
         monkeypatch.setattr("depthseg.fast_sam.CONFIDENCE", 0.0)
     torch.manual_seed(0)
     row = catalog.MODELS[name]

@@ -1,7 +1,8 @@
 """YOLOv8, or any detection model of ultralytics, through that package (AGPL-3.0, an optional extra)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ SIDE = 640  # pixels, as trained
 NMS = 0.7  # of its own suppression: ultralytics' default
 
 
+@contextmanager
+def contained() -> Iterator[None]:
+    """Around imports of ultralytics: it replaces functions of the whole process; its Image.open raises ModuleNotFoundError for a
+    broken picture."""
+    import torch
+
+    theirs = PILImage.open, torch.save
+    try:
+        yield
+    finally:
+        PILImage.open, torch.save = theirs  # type: ignore[assignment]
+
+
 def package(who: str, instead: str) -> Any:
     """The package ultralytics, offline and silent, without what it does to other packages.
 
@@ -33,17 +47,14 @@ def package(who: str, instead: str) -> Any:
     )
     import torch
 
-    theirs = PILImage.open, torch.save
     try:
-        with torch.device("cpu"):  # it makes tensors while it is imported, which all its networks share
+        with contained(), torch.device("cpu"):  # it makes tensors while it is imported, which all its networks share
             import ultralytics
 
             _ = ultralytics.YOLO  # here the real import happens
     except ImportError as e:
         install = f"Install the extra depthseg[yolo] (AGPL-3.0): pip install 'depthseg[yolo]'; or {instead}."
         raise DepthsegError(f"{who} needs the package ultralytics ({e})", install, MISSING_PIECE) from e
-    finally:  # ultralytics replaces both in the whole process; its Image.open raises ModuleNotFoundError for a broken picture
-        PILImage.open, torch.save = theirs  # type: ignore[assignment]
     if ultralytics.settings["sync"]:
         ultralytics.settings.update({"sync": False})  # analytics
     return ultralytics
