@@ -168,9 +168,9 @@ def _numbers(given: list[str] | None) -> dict[str, float]:
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """A function that shows what a run tells: a live table on a terminal, lines elsewhere."""
-    from rich.console import Console
+    from rich.columns import Columns
+    from rich.console import Console, Group
     from rich.live import Live
-    from rich.table import Table
 
     console = Console(stderr=True)
     began = time.monotonic()
@@ -191,13 +191,8 @@ def _shown() -> Iterator[Callable[[str, dict[str, Any]], None]]:
         yield line
         return
 
-    def table() -> Table:
-        out = Table(box=None, padding=(0, 2, 0, 0))
-        for values in rows.values():
-            out.add_row(*(f"[dim]{k}[/dim] {_short(v)}" for k, v in list(values.items())[:8]))
-            if len(values) > 8:
-                out.add_row(*(f"[dim]{k}[/dim] {_short(v)}" for k, v in list(values.items())[8:]))
-        return out
+    def table() -> Group:
+        return Group(*(Columns([f"[dim]{k}[/dim] {_short(v)}" for k, v in values.items()], (0, 2)) for values in rows.values()))
 
     with Live(console=console, auto_refresh=False) as live:
 
