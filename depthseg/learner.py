@@ -4,6 +4,7 @@ A step's batch may be split into micro-batches and among processes. Losses come 
 by the number of things in the whole step: how it was split changes rounding only, as long as BatchNorm is frozen.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,7 +117,7 @@ class Learner:
         torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 4099 + self.world.rank)  # so that a resumed run draws alike
         self._set_modes()
         warm = min(1.0, (self.step + 1) / WARM_UP)
-        rate = self.stage.lr * warm * (0.01 + 0.99 * (0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64)))))
+        rate = self.stage.lr * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * done)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -134,7 +135,7 @@ class Learner:
         values = self.world.sum(numbers).tolist()
         number = max(values[0], 1.0)
         out = {k: v / number for k, v in zip(sums, values[1:])} | dict(zip(told, values[1 + len(sums) :]))
-        out |= self._apply(number, norms, all(torch.isfinite(torch.tensor(values[1 : 1 + len(sums)])).tolist()))
+        out |= self._apply(number, norms, all(map(math.isfinite, values[1 : 1 + len(sums)])))
         self.step += 1
         return {**out, "lr": rate}
 
@@ -159,7 +160,7 @@ class Learner:
         if norms:
             out = {f"norm_{name}": _norm(part) for name, part in self.parts().items() if _learns(part)}
         norm = float(nn.utils.clip_grad_norm_(self.learns, self.plan.clip))
-        good = finite and bool(torch.isfinite(torch.tensor(norm)))
+        good = finite and math.isfinite(norm)
         if good:
             self.scaler.step(self.optimizer)
             self.average.update_parameters(self.network)

@@ -8,21 +8,21 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as PILImage
 
 from depthseg import masks, sa1b
+from depthseg.data import in_threads
 from depthseg.errors import DepthsegError
 from depthseg.formats import atomic, text_file
 from depthseg.schema import Array
 
 SHARD = 256_000_000  # bytes
 QUALITY = 95  # of JPEG
+AHEAD = 4  # samples that wait for each thread
 TINY = 24  # pixels: a mask of fewer teaches nothing
 MANIFEST = "pack.json"
 
@@ -42,7 +42,7 @@ DepthOf = Callable[[sa1b.Entry, tuple[int, int]], Array | None]  # the map of a 
 def check(entries: Sequence[sa1b.Entry], workers: int = 2, progress: Tell = lambda done, total: None) -> Iterator[tuple[str, str, str]]:
     """What is wrong: the sample's key, a key of FAULTS, and a sentence. Every picture and every mask is decoded."""
     seen: dict[str, str] = {}
-    for at, (entry, found) in enumerate(zip(entries, _in_threads(_look, entries, workers)), 1):
+    for at, (entry, found) in enumerate(zip(entries, in_threads(_look, entries, workers, AHEAD * workers)), 1):
         fault, said, digest = found
         if digest and (first := seen.setdefault(digest, entry.key)) != entry.key:
             fault, said = fault or "duplicate", said or first
@@ -76,16 +76,6 @@ def _look(entry: sa1b.Entry) -> tuple[str, str, str]:
     return ("tiny" if areas.max() < TINY else ""), "", digest
 
 
-def _in_threads(call: Callable, items: Iterable, workers: int) -> Iterator:
-    """`call` of each item in order, a few ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        stream = iter(items)
-        held = [pool.submit(call, item) for item in islice(stream, 4 * workers)]
-        while held:
-            yield held.pop(0).result()
-            held += [pool.submit(call, item) for item in islice(stream, 1)]
-
-
 def pack(
     entries: Sequence[sa1b.Entry],
     output: Path,
@@ -106,7 +96,7 @@ def pack(
     left_out: list[str] = state["left_out"]
     done, count = state["done"], state["packed"]
     number = len(state["shards"])
-    stream = _in_threads(lambda at: _packed(entries[at], side, depth), order[done:], workers)
+    stream = in_threads(lambda at: _packed(entries[at], side, depth), order[done:], workers, AHEAD * workers)
     while done < len(order):
         name = f"shard-{number:05d}.tar"
         with atomic(output / name) as part:

@@ -61,8 +61,6 @@ def _samples(learner: Learner, steps: Steps) -> Iterator[Finding]:
             steps.source.sample(index, rng, setting)
         except ValueError as error:
             wrong.append(str(error))
-        except DepthsegError:
-            raise
     seconds = (time.process_time() - start) / len(some)
     if len(wrong) > len(some) / 2:
         raise DepthsegError(

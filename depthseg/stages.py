@@ -29,7 +29,7 @@ class Stage:
     """One row: what learns, from which losses, how fast."""
 
     about: str
-    task: str  # a key of train.TASKS
+    task: str  # masks, embeddings, depth or boxes: what tasks/choose.py builds
     weights: dict[str, float]  # of the losses
     learns: tuple[str, ...] = ("",)  # prefixes of the parameters that learn
     lr: float = 1e-5

@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 # A module may import modules of its own layer and of those above it in this list. `catalog.load` goes the other way, by dotted
 # names in the table of names; a test below resolves them all.
 LAYERS = {
-    "ground": "depthseg errors plan catalog stages",
+    "ground": "depthseg errors plan pins catalog stages",
     "data": "schema masks prompts refine data selection journal sink formats metrics sa1b augment packs "
     "tables truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "backends models losses numerics",

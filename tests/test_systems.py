@@ -101,7 +101,7 @@ def original_norms(oracle):
     return oracle
 
 
-def alike(oracle, network, x: torch.Tensor, atol: float) -> None:
+def assert_alike(oracle, network, x: torch.Tensor, atol: float) -> None:
     """Both answer equally to boxes and to clicks, three masks and one."""
     boxes = torch.tensor([[100.0, 80, 420, 360], [5, 6, 900, 1000]])
     points, signs = torch.tensor([[[50.0, 60], [700, 300]], [[512, 512], [3, 1000]]]), torch.tensor([[1, 0], [1, 1]])
@@ -131,7 +131,7 @@ def test_sam_from_a_hub_folder_equals_transformers(small_sam, tmp_path) -> None:
     oracle.save_pretrained(tmp_path / "hub")
     network = our_small_sam(vision)
     load_into(network, tmp_path / "hub")
-    alike(oracle, network, torch.randn(1, 3, 320, 320), 1e-5)
+    assert_alike(oracle, network, torch.randn(1, 3, 320, 320), 1e-5)
     with torch.inference_mode():  # the encoder goes through a batch one by one
         x = torch.randn(2, 3, 320, 320)
         torch.testing.assert_close(network.encode(x)[0][1:], network.encode(x[1:])[0], atol=1e-5, rtol=0)
@@ -193,7 +193,7 @@ def test_sam_b_equals_transformers() -> None:
             p.copy_(torch.randn_like(p) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.05) + (p == 1))
     network = build_sam("b").eval()
     network.load_state_dict(renamed(renamed(oracle.state_dict(), HEAD), VitEncoder.RENAMES), strict=True)
-    alike(oracle, network, torch.randn(1, 3, 1024, 1024), 1e-5)
+    assert_alike(oracle, network, torch.randn(1, 3, 1024, 1024), 1e-5)
 
 
 # ---- the kits ----
