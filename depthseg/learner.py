@@ -50,6 +50,11 @@ class World:
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
+    def wait(self) -> None:
+        """For all processes."""
+        if self.size > 1:
+            dist.barrier()
+
     def end(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.barrier()

@@ -73,7 +73,8 @@ def _samples(learner: Learner, steps: Steps) -> Iterator[Finding]:
 def _step(learner: Learner, steps: Steps, count: int, folder: Path) -> Iterator[Finding]:
     """Save, take a step, load: then everything must be as it was."""
     before = {name: value.clone() for name, value in _tensors(learner).items()}
-    probe, weights = folder / "preflight.pt", folder / "preflight.safetensors"
+    rank = learner.world.rank  # each process tries with files of its own
+    probe, weights = folder / f"preflight-{rank}.pt", folder / f"preflight-{rank}.safetensors"
     try:
         torch.save(learner.state(), probe)
         checkpoint.save(learner.average.module, weights, {})

@@ -8,6 +8,7 @@ nothing had happened. Knows nothing of the terminal: `tell` is called with what 
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -36,28 +37,38 @@ BAD_BATCH = "bad-batch.pt"
 Tell = Callable[[str, dict[str, Any]], None]  # told (what kind, its values): preflight, log, validation, note
 
 
+def _silent(kind: str, values: dict[str, Any]) -> None:
+    pass
+
+
 def train(
     plan: TrainPlan,
     resume: bool = False,
     check: bool = False,
-    tell: Tell = lambda kind, values: None,
+    anew: bool = False,
+    tell: Tell = _silent,
     stop: Callable[[], int] = lambda: 0,
 ) -> Path:
     """Run one stage; returns the exported weights, `OUT/weights.safetensors` (the moving average, kernels in fp16).
 
-    resume: go on from `OUT/last.pt`. check: try everything first. stop: tells the signal that asked to stop, 0 if none did; then the
-    state is saved and KeyboardInterrupt raised with its number. Under torchrun every process computes its share of the batch and the
-    first one writes. Raises DepthsegError for what a user can mend.
+    resume: go on from `OUT/last.pt`. check: try everything first. anew: remove what OUT holds. stop: tells the signal that asked to
+    stop, 0 if none did; then the state is saved and KeyboardInterrupt raised with its number. Under torchrun every process computes its
+    share of the batch; the first one writes and tells. Raises DepthsegError for what a user can mend.
     """
     world = World()
     stage = stage_of(plan)
     out = Path(plan.output)
     last = out / "last.pt"
-    if last.exists() and not resume:
+    if last.exists() and not (resume or anew):
         raise DepthsegError(f"{out} already holds a training run", "Pass --resume to go on with it, or choose another --output.")
     validation = Validation(plan) if plan.validate and stage.task == "masks" else None
     learner = Learner(plan, stage, world)
     world.start(learner.device)
+    if world.rank:
+        tell = _silent
+    elif anew:
+        shutil.rmtree(out, ignore_errors=True)
+    world.wait()
     steps = Steps(learner.task.source, learner.task.order, stage.batch, plan.micro_batch or stage.batch, plan.seed, world.rank, world.size,
                   -(-plan.overfit // stage.batch) if plan.overfit else None)  # fmt: skip
     count = _length(plan, stage.epochs, steps)
@@ -68,10 +79,11 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         with text_file(out / "plan.json") as file:
             file.write(json.dumps({**asdict(plan), "version": __version__, "maps_of": maps_of(plan.depth_maps)}, indent=1))
+    world.wait()  # for the folder
     if check and learner.step == 0:
         for finding in preflight(learner, steps, count, out):
             tell("preflight", {finding.what: finding.said})
-        if validation:
+        if validation and world.rank == 0:
             tell("preflight", {"validation": ", ".join(f"{k} {v}" for k, v in _validated(validation, learner, out).items())})
     with _Sitting(plan, learner, world, count, out, validation, tell) as sitting:
         told = sitting.run(steps, stop)

@@ -1,7 +1,6 @@
 """`depthseg train`: the options of a training run, and what it shows while it goes."""
 
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -147,15 +146,16 @@ def train(
     if fast_dev_run:
         plan = replace(plan, output=str(output / "fast-dev-run"), steps=3, epochs=None, minutes=None, save_every=1, log_every=1,
                        validate_every=2, validate_count=2)  # fmt: skip
-        shutil.rmtree(plan.output, ignore_errors=True)
     take(output)
     again = "stopped; run the same command with --resume to go on from the newest checkpoint"
     with contextlib.redirect_stdout(sys.stderr), interruptible(again):
+        from depthseg.learner import World
         from depthseg.train import train as run
 
         with _shown() as tell, gracefully("saving after this step; once more to stop at once") as stop:
-            weights = run(plan, resume=resume, check=preflight, tell=tell, stop=stop)
-    typer.echo(weights)
+            weights = run(plan, resume=resume, check=preflight, anew=fast_dev_run, tell=tell, stop=stop)
+    if World().rank == 0:
+        typer.echo(weights)
 
 
 def _numbers(given: list[str] | None) -> dict[str, float]:

@@ -537,6 +537,22 @@ def test_a_fast_dev_run_does_three_steps_of_everything(root, tmp_path) -> None:
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["fast-dev-run"]
 
 
+def test_the_command_under_torchrun_tries_everything_too(root, tmp_path) -> None:
+    """Preflight and validation write files: two processes must not write the same ones, nor remove what the other made."""
+    annotations = _coco(root, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29519", "-m", "depthseg", "train",
+               "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "-o", str(tmp_path / "o"), "--fast-dev-run",
+               "--workers", "0", "--validate", str(annotations), "--validate-images", str(root)]  # fmt: skip
+    for _ in range(2):  # the second one finds a folder to make anew
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(tmp_path / "o" / "fast-dev-run" / "weights.safetensors"), "said once"
+        assert done.stderr.count("preflight: step") == 1
+        assert done.stderr.count("validation: step") == 2
+        left = {path.name for path in (tmp_path / "o" / "fast-dev-run").iterdir()}
+        assert "last.pt" in left and not any(name.startswith("preflight") for name in left)
+
+
 def test_a_teacher_that_is_not_here_is_named(root, tmp_path) -> None:
     with pytest.raises(DepthsegError, match="teacher sam-vit-h are not on this machine") as refused:
         train(_plan(root, tmp_path / "o", stage="distil"))
