@@ -194,11 +194,13 @@ def deepest_errors(logits: Tensor, target: Tensor, dither: Tensor) -> tuple[Tens
     regions = torch.stack([~inside & found, inside & ~found], 1)  # in the order of NEGATIVE, POSITIVE
     perfect = ~regions.flatten(1).any(1)
     regions[perfect, POSITIVE] = inside[perfect]
-    alive = regions.float()
-    depth = alive.clone()
+    padded = F.pad(regions, (1, 1, 1, 1))
+    alive, depth = padded[..., 1:-1, 1:-1], regions.to(torch.uint8)
     for _ in range(DEEPEST - 1):
-        alive = -F.max_pool2d(F.pad(-alive, (1, 1, 1, 1), value=0.0), 3, 1)
+        across = padded[..., :-2] & padded[..., 1:-1] & padded[..., 2:]
+        alive.copy_(across[..., :-2, :] & across[..., 1:-1, :] & across[..., 2:, :])
         depth += alive
+    depth = depth.float()
     s = target.shape[-1]
     golden = torch.arange(2 * s * s, device=depth.device, dtype=torch.float64) * 0.6180339887498949
     noise = ((golden[None] + dither[:, None].double()) % 1).to(depth.dtype).view_as(depth)
