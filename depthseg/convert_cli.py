@@ -8,7 +8,7 @@ import typer
 from depthseg import options as opt
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.options import INPUT, OUTPUT, RUN
-from depthseg.terminal import interruptible, progress, say, take
+from depthseg.terminal import interruptible, many, progress, say, take
 
 NAMES = "coco-results coco-instances instances labelmap overlay cutouts yolo-seg labelme npz".split()  # those of export.FORMATS
 FAILURES_SHOWN = 10
@@ -66,7 +66,7 @@ def convert(
     for name, (instances, pixels) in report.lost.items():
         if instances:
             say(f"{name}: {instances} of {report.instances} instances are not exact: {pixels} pixels {export.LOSSES[name]}")
-    say(f"{report.images} images, {report.instances} masks")
+    say(f"{many(report.images, 'image')}, {many(report.instances, 'mask')}")
     typer.echo(output)
     if report.failures:
         raise typer.Exit(SOME_FAILED)

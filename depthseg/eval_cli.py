@@ -16,7 +16,7 @@ from depthseg import options as opt
 from depthseg.errors import REGRESSION, SOME_FAILED, DepthsegError
 from depthseg.options import DEPTH, INPUT, MODEL, OUTPUT, PROMPTS, RUN
 from depthseg.plan import TABLES, Plan
-from depthseg.terminal import FAILURES_SHOWN, downloads, interruptible, number, progress, say, table, take, write_json
+from depthseg.terminal import FAILURES_SHOWN, downloads, interruptible, many, number, progress, say, table, take, write_json
 
 IMAGES_SHOWN = 5  # of those that got better, and worse
 CLICKS = {"efficientsam": "1,3", "amr": "2"}  # after which the papers score, where it is not 1, 3 and 5
@@ -263,7 +263,7 @@ def _told(report: dict, output: Path | None) -> None:
         table(["instead of depth", "score", "what depth adds", "95 % interval"], rows)
     typer.echo(" ".join(report["protocol_in_words"]))
     failed = f", {len(state['failed'])} FAILED and not in the scores" if state["failed"] else ""
-    typer.echo(f"{report['title']}: {state['done']} images{failed}")
+    typer.echo(f"{report['title']}: {many(state['done'], 'image')}{failed}")
     if output:
         typer.echo(output / "report" / "index.html")
 
@@ -329,5 +329,5 @@ def _compared(rows: list[Any], images: list[tuple[str, float]], a: str, b: str) 
         lines.append([row.metric, number(row.a), number(row.b), "" if change is None else f"{change:+.2f}", bounds])
     table(["score", a, b, "B - A", "95 % interval"], lines)
     better, worse = [pair for pair in images[::-1] if pair[1] > 0], [pair for pair in images if pair[1] < 0]
-    for title, some in ((f"{len(better)} images got better", better), (f"{len(worse)} images got worse", worse)):
+    for title, some in ((f"{many(len(better), 'image')} got better", better), (f"{many(len(worse), 'image')} got worse", worse)):
         table([title, "mean IoU, points"], [[key, f"{change:+.1f}"] for key, change in some[:IMAGES_SHOWN]])

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 
 from depthseg.errors import DepthsegError
 
-# Fields that change how fast a run goes or what is drawn, but not one bit of predictions.json in fp32.
+# Fields that change how fast a run goes or what is drawn; in predictions.json the last digits at most (sums in another order).
 _SPEED_ONLY = {"device", "threads", "batch", "prompt_batch", "overlays", "depth_panel", "instances", "labelmaps"}
 
 BACKENDS = ("torch", "openvino", "compile")

@@ -119,6 +119,8 @@ class Segmenter:
             self.detector = "file"
             self.notes.append(f"prompts: {'boxes' if plan.boxes else 'points'} from {Path(given).name}")
             source = BoxesFile(given, plan.confidence, plan.max_boxes, images_json) if plan.boxes else PointsFile(given)
+            if plan.detector != "auto":
+                self.notes.append(f"detector: {plan.detector} is not asked, for the file says where to look")
             self._chosen("detector", "file", path=Path(given))
             if images_json:
                 self._chosen("images_json", "file", path=Path(images_json))
@@ -169,6 +171,13 @@ class Segmenter:
         return unheard + (
             [f"warning: {len(left)} of {len(self.source)} entries of {file} name no image of this run: {some}"] if left else []
         )
+
+    def remarks(self) -> list[str]:
+        """Warnings for the user after a run."""
+        if not isinstance(self.source, BoxesFile | PointsFile) or not (outside := len(self.source.outside)):
+            return []
+        file = Path(self.plan.boxes or self.plan.points or "").name
+        return [f"warning: {outside} of {len(self.source)} entries of {file} lie{'s' if outside == 1 else ''} outside the picture"]
 
     def suits(self, most: int, negatives: bool) -> list[str]:
         """Warnings for the user if clicks, at most so many in a prompt and some of them negative, do not suit the network.

@@ -17,7 +17,7 @@ from depthseg import options as opt
 from depthseg.errors import SOME_FAILED, DepthsegError
 from depthseg.options import INPUT, MODEL, OUTPUT, RUN
 from depthseg.plan import Plan
-from depthseg.terminal import FAILURES_SHOWN, downloads, duration, gracefully, interruptible, progress, say, take
+from depthseg.terminal import FAILURES_SHOWN, downloads, duration, gracefully, interruptible, many, progress, say, take
 
 REHEARSED = 4  # images of a --dry-run
 
@@ -156,7 +156,7 @@ def _segment(segmenter: Any, plan: Plan, found: list[Any], images: list[Any], ou
     with sink.Sink(out, plan, found, segmenter.provenance, overwrite, images) as written, gracefully() as stopping:
         todo = [image for image in images if image.key not in written.done]
         if len(todo) < len(images):
-            say(f"{len(images) - len(todo)} of {len(images)} images are done already")
+            say(f"{len(images) - len(todo)} of {many(len(images), 'image')} done already")
 
         def answers() -> Iterator[Any]:
             """Those of all images, or, when asked to stop, up to the end of a batch."""
@@ -179,13 +179,16 @@ def _segment(segmenter: Any, plan: Plan, found: list[Any], images: list[Any], ou
                     masks += len(answer.masks)
                 show(done, len(todo))
         if done < len(todo):
-            say(f"{done - failed} images done, {len(todo) - done} left")
+            say(f"{many(done - failed, 'image')} done, {len(todo) - done} left")
             raise KeyboardInterrupt(stopping())
         seconds = time.monotonic() - start
     if todo:
-        say(f"{len(todo) - failed} images, {masks} masks in {duration(seconds)}, {len(todo) / seconds:.2f} images/s")
+        what = f"{many(len(todo) - failed, 'image')}, {many(masks, 'mask')}"
+        say(f"{what} in {duration(seconds)}, {len(todo) / seconds:.2f} images/s")
+    for remark in segmenter.remarks():
+        say(remark)
     if failed:
-        say(f"{failed} images failed: see {out / 'failures.jsonl'}")
+        say(f"{many(failed, 'image')} failed: see {out / 'failures.jsonl'}")
     counts = {"images": len(found), "done": len(images) - failed, "failed": failed, "skipped": len(found) - len(images)}
     return {"schema_version": 1, "output": str(out), **counts, "masks": masks, "seconds": round(seconds, 3)}
 
@@ -210,7 +213,8 @@ def _rehearse(segmenter: Any, plan: Plan, images: list[Any], out: Path) -> dict[
     for name, value in plan.to_json().items():
         if value != getattr(Plan, name):
             say(f"{name}: {value}")
-    say(f"{len(images)} images into {out}; tried {len(few)}: {1 / seconds:.2f} images/s, about {duration(seconds * len(images))} in all")
+    speed = f"{1 / seconds:.2f} images/s, about {duration(seconds * len(images))} in all"
+    say(f"{many(len(images), 'image')} into {out}; tried {len(few)}: {speed}")
     say(f"about {size * len(images) / 2**20:.0f} MiB of disk")
     about = {"images": len(images), "failed": failed, "images_per_second": 1 / seconds, "seconds": seconds * len(images)}
     return {"schema_version": 1, "output": str(out), **about, "bytes": round(size * len(images)), "plan": plan.to_json()}
@@ -264,7 +268,8 @@ def detect(
             say(note)
         with progress("images") as show:
             count, failed = write_boxes(images, chosen.source, output, batch, show)  # type: ignore[arg-type]
-        say(f"{count} boxes in {len(images) - len(failed)} images")
+        boxes = f"{count} box{'' if count == 1 else 'es'}"
+        say(f"{boxes} in {many(len(images) - len(failed), 'image')}")
         for failure in failed[:FAILURES_SHOWN]:
             say(f"failed: {failure.image.key}: {failure.reason}")
     counts = {"images": len(images), "boxes": count, "failed": len(failed)}

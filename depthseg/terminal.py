@@ -126,6 +126,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def many(count: int, thing: str) -> str:
+    """1 image, 2 images."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def number(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
 

@@ -33,6 +33,8 @@ class Validation:
     def __init__(self, plan: TrainPlan):
         assert plan.validate
         file = Path(plan.validate)
+        if not file.is_file():
+            raise DepthsegError(f"no such file: {file}", "Check --validate.")
         folder = Path(plan.validate_images) if plan.validate_images else _beside(file)
         self.dataset: Dataset = truth.read(folder, file, subset=plan.validate_count)
         self.plan = Plan(model=plan.model, depth=plan.validate_depth, device=plan.device, precision=plan.precision)

@@ -66,6 +66,8 @@ def test_large_variances_survive_the_export_and_damage_is_refused(tmp_path) -> N
     norm = network.image_encoder.backbone.stages[0].op_list[0].norm
     norm.running_var.fill_(1e5)  # more than fp16 holds
     save(network, tmp_path / "w.safetensors", {})
+    (tmp_path / "any").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode, "others may read it, as any file"
     again = build("nano", depth=False)
     load_into(again, tmp_path / "w.safetensors")
     assert (again.image_encoder.backbone.stages[0].op_list[0].norm.running_var == 1e5).all()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import typer.main
 
+import depthseg.evaluate  # noqa: F401  # so that it keeps the real Segmenter, whatever is tested first
 from depthseg import __version__, catalog, cli, data, masks, sink, terminal
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.plan import Plan
@@ -35,6 +36,9 @@ class FakeSegmenter:
     def expect(self, images):
         self.expected = [image.key for image in images]
         return ["warning: 1 of 2 entries"]
+
+    def remarks(self):
+        return ["warning: 1 of 2 lies outside"]
 
     def segment(self, images):
         print("a library that prints")
@@ -148,7 +152,7 @@ def test_a_run_writes_results_and_prints_only_the_folder(run, pictures, tmp_path
     assert "detector: fake" in stderr and "3 images, 3 masks" in stderr
     assert [p["file_name"] for p in json.loads((out / "predictions.json").read_text())] == ["a.png", "b.jpg", "sub/c.png"]
     code, _, stderr = run("segment", pictures, "-o", out)
-    assert code == 0 and "3 of 3 images are done already" in stderr and "warning: 1 of 2 entries" in stderr
+    assert code == 0 and "3 of 3 images done already" in stderr and "warning: 1 of 2 entries" in stderr
 
 
 def test_a_broken_image_is_listed_and_the_others_are_done(run, pictures, tmp_path):
@@ -174,7 +178,7 @@ def test_stopped_and_started_again_it_goes_on(run, fake, pictures, tmp_path, tro
     assert code == 0 and fake.built[0].seen == (["a.png"] if expected == 130 else ["a.png", "b.jpg"])  # twice told, it stops at once
     assert fake.built[1].expected == ["a.png", "b.jpg", "sub/c.png"]  # those that are done count, too
     assert len(json.loads((out / "predictions.json").read_text())) == 3
-    assert len(fake.built[1].seen) == 3 - int(stderr.partition(" of 3 images are done already")[0].splitlines()[-1])
+    assert len(fake.built[1].seen) == 3 - int(stderr.partition(" of 3 images done already")[0].splitlines()[-1])
 
 
 def test_a_files_name_does_nothing_to_the_terminal(run, pictures, tmp_path):
@@ -386,7 +390,7 @@ def test_train_fills_a_train_plan(run, monkeypatch, tmp_path):
     train = pytest.importorskip("depthseg.train")
     asked = []
 
-    def fake(plan, resume, check, tell, stop):
+    def fake(plan, resume, check, anew, tell, stop):
         asked.append((plan, resume))
         tell("log", {"step": 20, "mask": 0.25, "done": 0.5})
         return Path("o/weights.safetensors")

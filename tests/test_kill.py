@@ -32,6 +32,9 @@ class Segmenter:
     def expect(self, images):
         return []
 
+    def remarks(self):
+        return []
+
     def segment(self, images):
         for image in data.read_ahead(images):
             if isinstance(image, data.Failure):

@@ -319,6 +319,22 @@ def test_clicks_from_a_file_keep_their_category(pictures, tmp_path):
     assert both[5] > 1.5 * both[6] > 0
 
 
+def test_what_lies_outside_its_picture_is_said(pictures, tmp_path):
+    """A box beside its picture gives no mask, a click beside it hardly a good one."""
+    (tmp_path / "boxes.json").write_text(json.dumps([{"file_name": "a.png", "bbox": box} for box in ([16, 12, 16, 12], [900, 2, 9, 9])]))
+    (tmp_path / "points.json").write_text(json.dumps([{"file_name": "b.jpg", "points": p} for p in ([[3, 4]], [[-1, 4]], [[3, 900]])]))
+    for asked, said in (
+        ({"boxes": "boxes.json"}, "1 of 2 entries of boxes.json lies"),
+        ({"points": "points.json"}, "2 of 3 entries of points.json lie"),
+    ):
+        plan = Plan(detector="grid", **{k: str(tmp_path / v) for k, v in asked.items()})
+        segmenter = Segmenter(plan, network=Bright())
+        assert "detector: grid is not asked, for the file says where to look" in segmenter.notes
+        assert segmenter.remarks() == []
+        run(segmenter, find([pictures]))
+        assert segmenter.remarks() == [f"warning: {said} outside the picture"]
+
+
 def test_files_are_compared_with_all_images_before_the_run(pictures, tmp_path):
     images = find([pictures])
     entries = [{"file_name": name, "bbox": [1, 2, 9, 9], "score": 0.01} for name in ("a.png", *"vwxyv")]

@@ -12,7 +12,7 @@ import numpy as np
 from depthseg.data import Failure, read_ahead
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.formats import atomic
-from depthseg.schema import ABSENT, NEGATIVE, Array, Boxes, Image, Prompts
+from depthseg.schema import ABSENT, NEGATIVE, POSITIVE, Array, Boxes, Image, Prompts
 
 _MOST = 1e38  # the sum of two such numbers is still one in float32; NaN is not below it
 _POINTS = 1000  # of one prompt: the others of the image are filled up to as many
@@ -179,6 +179,7 @@ class BoxesFile:
         self._xyxy = np.zeros((len(listed), 4))
         self._score = np.ones(len(listed), np.float32)
         self._label = np.ones(len(listed), np.int64)
+        self.outside: set[int] = set()  # entries without a pixel of their picture, of the pictures asked about so far
         for at, entry in enumerate(listed):
             self._xyxy[at] = _xyxy(entries, at, "bbox", entry.get("bbox"))
             if "score" in entry:
@@ -190,6 +191,9 @@ class BoxesFile:
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
         rows = [np.array(self._entries.of(image.key), int) for image in images]
+        for image, r in zip(images, rows):
+            low, high, (h, w) = self._xyxy[r, :2], self._xyxy[r, 2:], image.size
+            self.outside.update(r[((low >= (w, h)) | (high <= 0)).any(1)].tolist())
         return [
             Boxes.best(self._xyxy[r], self._score[r], self._label[r], self.names, image.size, self.confidence, self.max_boxes)
             for image, r in zip(images, rows)
@@ -230,6 +234,7 @@ class PointsFile:
         self._entries = entries = _Entries(Path(path), listed)
         self._prompts: list[Prompts] = []  # one row each
         self._label: list[int] = []
+        self.outside: set[int] = set()  # entries with a point outside their picture, of the pictures asked about so far
         for at, entry in enumerate(listed):
             points, signs, box = entry.get("points", []), entry.get("labels"), entry.get("box")
             if not isinstance(points, list) or not (points or box is not None):
@@ -245,6 +250,13 @@ class PointsFile:
             self._label.append(_whole(entries, at, "category_id", entry.get("category_id", 1)))
 
     def __call__(self, images: list[Image]) -> list[Prompts]:
+        for image in images:
+            h, w = image.size
+            for at in self._entries.of(image.key):
+                own = self._prompts[at]
+                clicks = own.points[np.isin(own.labels, (NEGATIVE, POSITIVE))]
+                if ((clicks < 0) | (clicks > (w, h))).any():
+                    self.outside.add(at)
         return [self._stack([self._prompts[at] for at in self._entries.of(image.key)]) for image in images]
 
     @staticmethod
