@@ -149,7 +149,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(tmp_path):
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
         child = start(inside, disk / "out")
         _, err = child.communicate()
-        assert child.returncode == 3 and "are done already" in err, err
+        assert child.returncode == 3 and "done already" in err, err
         assert start(inside, tmp_path / "whole").wait() == 3
         assert contents(disk / "out") == contents(tmp_path / "whole")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
