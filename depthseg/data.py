@@ -12,6 +12,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import has_magic, iglob
 from pathlib import Path
@@ -334,6 +335,20 @@ def alike(images: Sequence[Image], key: Callable[[Image], K], answer: Callable[[
     for same, members in groups.items():
         out.update(zip(members, answer([images[at] for at in members], same), strict=True))
     return [out[at] for at in range(len(images))]
+
+
+def cores() -> int:
+    """CPU cores that this process may use, no more than a container's share of them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no Linux, no limit ("max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
+
+
+def beside() -> int:
+    """Threads that read, or draw, while others compute: a card finishes pictures faster than two threads decode them."""
+    return min(8, max(2, cores()))
 
 
 def read_ahead(images: Iterable[Image], workers: int = 2, ahead: int = 8, enough: int | None = None) -> Iterator[Image | Failure]:

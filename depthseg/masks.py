@@ -36,6 +36,12 @@ def encode_crop(crop: Crop) -> dict:
     if tall > h:  # a column of the picture ends where the next begins: what reaches both ends is one run
         (same,) = np.nonzero(edges[1:] == edges[:-1])
         edges = np.delete(edges, np.concatenate([same, same + 1]))
+    return encode_edges(edges, (h, w))
+
+
+def encode_edges(edges: Array, size: tuple[int, int]) -> dict:
+    """What `encode` makes of a mask of `size` (h, w) whose runs begin and end at `edges` (N,), counted down the columns."""
+    h, w = size
     runs = np.diff(edges, prepend=0, append=h * w)
     rle = coco.frPyObjects({"size": [h, w], "counts": runs if runs[-1] else runs[:-1]}, h, w)
     return {"size": [h, w], "counts": rle["counts"].decode("ascii")}

@@ -4,10 +4,10 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
+from depthseg.data import cores
 from depthseg.errors import MISSING_PIECE, DepthsegError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,10 +34,8 @@ def take_threads(count: int | None) -> None:
     Its threads wait for one another at each operation: with more of them than cores, each waits for one that does not run.
     """
     if count is None:
-        with contextlib.suppress(OSError, ValueError):  # no Linux, no limit ("max")
-            quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-            count = min(torch.get_num_threads(), max(1, quota // period))
-    if count is not None and count != torch.get_num_threads():
+        count = min(torch.get_num_threads(), cores())
+    if count != torch.get_num_threads():
         torch.set_num_threads(count)
 
 

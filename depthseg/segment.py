@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from depthseg import __version__, backends, catalog, masks, refine, weights
-from depthseg.data import Failure, Unreadable, read_ahead
+from depthseg import __version__, backends, catalog, edges, masks, refine, weights
+from depthseg.data import Failure, Unreadable, beside, read_ahead
 from depthseg.depth import DepthFolder, depth_estimator
 from depthseg.detect import BoxesFile, PointsFile
 from depthseg.detect.choose import Source, detector
@@ -83,6 +83,7 @@ class Segmenter:
             "backend": plan.backend,
             "versions": {"depthseg": __version__, **{p: version(p) for p in ("torch", "timm", "transformers")}},
         }
+        self.edges_on_device = self.device.type == "cuda"  # masks become RLE there, where that gives the same
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU
         self.detector = "given"  # which kind of prompts: "file", a row of catalog.DETECTORS, or "given"
         self.clock: Callable[[], Any] = time.perf_counter  # for the seconds by stage; may count several things, as an array
@@ -195,7 +196,7 @@ class Segmenter:
 
         What is wrong with one image ends that image only; lack of memory and programming errors are raised.
         """
-        stream = read_ahead(images, workers=2, ahead=max(2, self.plan.batch), enough=self._enough())
+        stream = read_ahead(images, beside(), max(beside(), self.plan.batch), enough=self._enough())
         while True:
             start = self.clock()
             held = list(islice(stream, self.plan.batch))
@@ -302,7 +303,13 @@ class Segmenter:
             for start in range(0, len(flat), plan.prompt_batch):
                 chunk = flat[start : start + plan.prompt_batch]
                 with self.timed(spent, "decode"), inference(self.device, self.precision):
-                    low, ious = self._best(encoded, asked, chunk, multimask)
+                    tensors = self._best(encoded, asked, chunk, multimask)
+                if self.edges_on_device and not strict and self._plain(encoded):
+                    with self.timed(spent, "masks"), torch.inference_mode():
+                        for v, answer in _on_device(encoded, chunk, *tensors):
+                            answers[v].append(answer)
+                    continue
+                low, ious = (t.cpu().numpy() for t in tensors)
                 if plan.refine in refine.RULES:
                     with self.timed(spent, "refine"), inference(self.device, self.precision):
                         self._again(encoded, asked, chunk, low, ious)
@@ -317,6 +324,11 @@ class Segmenter:
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
                         answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
+
+    def _plain(self, encoded: Encoded) -> bool:
+        """Whether masks are what their logits say, on whole pictures, by SAM's own two steps: then nothing keeps them on the host."""
+        as_they_are = not self.network.specks and self.plan.refine not in refine.RULES
+        return as_they_are and all(type(f) is Frame and f.size == v.canvas for f, v in zip(encoded.frames, encoded.views))
 
     def _enlarged(self, frame: Frame, logits: Array) -> Crop:
         """The mask of low-resolution logits (s, s) on its view, without specks."""
@@ -346,12 +358,14 @@ class Segmenter:
             again = [p.clicked(clicks[v], sign) if v in clicks else p for v, p in enumerate(asked)]
             rows = []
             for multimask, some in calls.items():
-                logits, predicted = self._best(encoded, again, [chunk[k] for k in some], multimask)
+                logits, predicted = (t.cpu().numpy() for t in self._best(encoded, again, [chunk[k] for k in some], multimask))
                 for n in np.flatnonzero(predicted > ious[some]):
                     rows.append(some[n])
                     low[some[n]], ious[some[n]] = logits[n], predicted[n]
 
-    def _best(self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool) -> tuple[Array, Array]:
+    def _best(
+        self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (P, s, s) and predicted IoU (P,) of the candidate with the highest predicted IoU, for one decoder call."""
         width = max(asked[v].labels.shape[1] for v, _ in chunk)
         points = np.zeros((len(chunk), width, 2), np.float32)
@@ -369,7 +383,7 @@ class Segmenter:
         rank = fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
         best = rank.argmax(1)  # before anything is enlarged; unless by box, the network has left the others out
         every = torch.arange(len(best), device=best.device)
-        return logits[every, best].float().cpu().numpy(), iou[every, best].float().cpu().numpy()
+        return logits[every, best].float(), iou[every, best].float()
 
     def multimask(self, labels: Array) -> bool:
         """Whether a prompt with these labels (K,) is answered by three candidates."""
@@ -390,6 +404,15 @@ class Segmenter:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
+
+
+def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:
+    """The answers of one decoder call, whose prompts lie by view, with the view of each."""
+    runs = [list(own) for _, own in groupby(chunk, lambda pair: pair[0])]
+    for own, logits, predicted in zip(runs, *(t.split([len(run) for run in runs]) for t in (low, ious))):
+        v, frame = own[0][0], encoded.frames[own[0][0]]
+        found = zip(own, edges.rles(logits, frame), predicted.tolist(), edges.stability(logits, frame).tolist())
+        yield from ((v, Answer(i, rle, iou, stability)) for (_, i), rle, iou, stability in found)
 
 
 def prepared(network: Any, plan: Plan, precision: str, device: torch.device) -> Any:

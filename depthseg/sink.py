@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from depthseg import __version__, formats
-from depthseg.data import Failure, gave_out, in_threads, not_written, read, stamp
+from depthseg.data import Failure, beside, gave_out, in_threads, not_written, read, stamp
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.journal import Lines, locked
 from depthseg.plan import Plan
@@ -160,10 +160,11 @@ class Sink:
         self.draw(record)
         self.note(record)
 
-    def drawn(self, answers: Iterable[Record | Failure], workers: int = 2) -> Generator[Record | Failure]:
+    def drawn(self, answers: Iterable[Record | Failure]) -> Generator[Record | Failure]:
         """The answers in their order, each once its pictures are on the disk, which threads see to while the next ones are computed.
 
-        `note` is still to be called for each. A batch of answers waits at most. One whose pictures cannot be written becomes a Failure.
+        `note` is still to be called for each. A batch of answers waits at most, or one for each thread. One whose pictures cannot be
+        written becomes a Failure.
         """
 
         def attempt(answer: Record | Failure) -> Record | Failure:
@@ -174,7 +175,7 @@ class Sink:
                 return not_written(answer.image, error)
             return answer
 
-        return in_threads(attempt, answers, workers, self.plan.batch + 1)  # answers come by batch
+        return in_threads(attempt, answers, beside(), max(beside(), self.plan.batch) + 1)  # answers come by batch
 
     def draw(self, record: Record) -> None:
         """The pictures of one image. Threads may draw different ones at a time."""

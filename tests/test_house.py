@@ -21,7 +21,7 @@ LAYERS = {
     "ground": "depthseg errors plan pins catalog stages",
     "data": "schema masks prompts refine data selection journal sink formats metrics sa1b augment packs "
     "tables truth protocols predictions ap fates score published page report gallery compare album outlines export",
-    "tensors": "backends models losses numerics",
+    "tensors": "backends edges models losses numerics",
     "stages": "fast_sam detect depth tasks weights pretrained",
     "segment": "reference peers exactness views segment asking",
     "training": "learner curves preflight validation",

@@ -7,7 +7,7 @@ import torch
 from PIL import Image as PILImage
 from torch.nn.functional import interpolate
 
-from depthseg import masks, truth
+from depthseg import edges, masks, truth
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Boxes, Frame, Prompts
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "geometry.json").read_text())  # answers of the official transforms
@@ -61,6 +61,18 @@ def test_rle_is_byte_for_byte_that_of_two_interpolations(size, kind):
     for seed in range(1 if max(size) > 2000 else 10):
         low = sum(logits(k, seed=seed) for k in (["noise", "blobs"] if kind == "both" else [kind]))
         assert masks.encode_crop(Frame(size, 512).crop(low)) == masks.encode(two_steps(low, size) > 0)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1, 500), (1023, 767)], ids=str)
+def test_on_a_card_runs_are_found_as_on_the_host(size, monkeypatch):
+    """The same code on the CPU: masks of several prompts, an empty and a full one among them, also in more than one turn."""
+    low = np.stack([logits("noise"), logits("blobs"), np.full((256, 256), -1, np.float32), np.full((256, 256), 1, np.float32)])
+    frame = Frame(size, 512)
+    h, w = frame.valid(256)
+    for pixels in (2**25, 1):
+        monkeypatch.setattr(edges, "_AT_ONCE", pixels)
+        assert edges.rles(torch.from_numpy(low), frame) == [masks.encode_crop(frame.crop(one)) for one in low]
+    assert np.allclose(edges.stability(torch.from_numpy(low), frame), masks.stability(low[:, :h, :w]))
 
 
 def test_rle_of_real_masks_is_that_of_two_interpolations(shared):

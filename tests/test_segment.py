@@ -9,7 +9,7 @@ import torch
 from PIL import Image as PILImage
 from torch import nn
 
-from depthseg import catalog, masks
+from depthseg import catalog, edges, masks
 from depthseg.data import Failure, find
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.models.depthseg import DepthSeg
@@ -317,6 +317,20 @@ def test_clicks_from_a_file_keep_their_category(pictures, tmp_path):
     assert len(b.masks) == len(c.masks) == 0 and sorted(a.masks.label.tolist()) == [5, 6]
     both = dict(zip(a.masks.label.tolist(), a.masks.area.tolist()))
     assert both[5] > 1.5 * both[6] > 0
+
+
+def test_a_card_makes_the_runs_itself_and_the_answers_are_the_same(pictures, monkeypatch):
+    """As on CUDA, but on the CPU: prompts of several pictures in one decoder call. Crops stay with the host."""
+    images, asked = find([pictures]), []
+    rles = edges.rles
+    monkeypatch.setattr(edges, "rles", lambda low, frame: asked.append(len(low)) or rles(low, frame))
+    for zoom in (False, True):
+        host, card = (Segmenter(Plan(prompt_batch=5, zoom=zoom), network=Bright(), source=around) for _ in range(2))
+        card.edges_on_device = True
+        for a, b in zip(run(host, images), run(card, images), strict=True):
+            assert a.masks.rle == b.masks.rle and len(a.masks) == 2
+            assert np.allclose(a.masks.stability, b.masks.stability) and np.allclose(a.masks.predicted_iou, b.masks.predicted_iou)
+        assert asked == [2, 2, 1, 1], "six prompts in calls of five and one"
 
 
 def test_what_lies_outside_its_picture_is_said(pictures, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from depthseg.data import Failure, read_ahead
+from depthseg.data import Failure, beside, read_ahead
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.formats import atomic
 from depthseg.schema import ABSENT, NEGATIVE, POSITIVE, Array, Boxes, Image, Prompts
@@ -305,7 +305,7 @@ def write_boxes(
 
     Returns the number of boxes, and the images that could not be read. Memory does not grow with the number of images.
     """
-    stream = read_ahead(images, workers=2, ahead=max(2, batch))
+    stream = read_ahead(images, beside(), max(beside(), batch))
     failed: list[Failure] = []
     count = done = 0
     with atomic(path) as part, part.open("w", encoding="utf-8") as file:
