@@ -154,8 +154,8 @@ def _fit(h: int, w: int, side: int) -> tuple[int, int]:
     return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
 
 
-def _linear(n_in: int, n_out: int) -> Array:
-    """(n_out, n_in) matrix of bilinear interpolation along one axis, half-pixel centres (torch's align_corners=False).
+def _linear(n_in: int, n_out: int) -> csr_array:
+    """(n_out, n_in) float64 matrix of bilinear interpolation along one axis, half-pixel centres (torch's align_corners=False).
 
     Positions are float32, as in torch: at a few hundred cells they are off by up to 1e-5, which decides pixels whose logit is next to 0.
     """
@@ -164,10 +164,8 @@ def _linear(n_in: int, n_out: int) -> Array:
     low = np.minimum(at.astype(int), n_in - 1)
     high = np.minimum(low + 1, n_in - 1)
     frac = at - low.astype(np.float32)
-    m = np.zeros((n_out, n_in))
-    np.add.at(m, (np.arange(n_out), low), 1 - frac)
-    np.add.at(m, (np.arange(n_out), high), frac)
-    return m
+    taps, weights = np.stack([low, high], 1), np.stack([1 - frac, frac], 1).astype(float)
+    return csr_array((weights.ravel(), taps.ravel(), np.arange(0, 2 * n_out + 1, 2)), (n_out, n_in))
 
 
 class _Axis(NamedTuple):
@@ -199,8 +197,9 @@ def _upsampling(low: int, inner: int, original: int) -> _Axis:
     whatever is cut out around it.
     """
     m = (_linear(inner, original) @ _linear(low, PROMPT_SIDE)[:inner]).astype(np.float32)
-    used = m > 0
-    return _Axis(csr_array(m), used.argmax(1), low - 1 - used[:, ::-1].argmax(1))
+    m.eliminate_zeros()
+    m.sort_indices()
+    return _Axis(m, m.indices[m.indptr[:-1]], m.indices[m.indptr[1:] - 1])
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ class Frame:
 @lru_cache(maxsize=64)
 def _bilinear(n_in: int, n_out: int) -> csr_array:
     """(n_out, n_in) float32: bilinear interpolation along one axis, without smoothing first."""
-    return csr_array(_linear(n_in, n_out).astype(np.float32))
+    return _linear(n_in, n_out).astype(np.float32)
 
 
 @lru_cache(maxsize=64)
