@@ -99,7 +99,7 @@ class TrainPlan:
     compile: bool = False  # the image encoders, by torch.compile
     workers: int = 1
     ema: float = 0.998
-    clip: float = 1.0
+    clip: float = 1.0  # 0: gradients of any norm
     save_every: int = 200  # steps
     keep: int = 0  # checkpoints beside the last one
     log_every: int = 20  # steps
