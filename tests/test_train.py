@@ -635,6 +635,15 @@ def test_validation_is_the_evaluation_in_small(root, tmp_path) -> None:
     assert lines[-1]["val_miou"] == pytest.approx(report["metrics"]["miou"], abs=0.6), "fp16 kernels are all that differs"
 
 
+def test_a_run_that_the_clock_ends_is_validated_at_its_end(root, tmp_path) -> None:
+    seen = []
+    file = _coco(root, tmp_path)
+    plan = _plan(root, tmp_path / "o", steps=None, minutes=0.02, validate=str(file), validate_images=str(root), validate_every=10_000,
+                 validate_count=1)  # fmt: skip
+    train(plan, tell=lambda kind, values: seen.append(values["step"]) if kind == "validation" else None)
+    assert seen == [torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"]]
+
+
 def test_the_log_has_curves_and_tensorboard(root, tmp_path) -> None:
     pytest.importorskip("tensorboard")
     train(_plan(root, tmp_path / "o", steps=4, log_every=2))
