@@ -183,7 +183,7 @@ class Learner:
             self.scaler.step(self.optimizer)
             self.average.update_parameters(self.network)
         self.scaler.update()  # an overflow of scaled gradients lowers the scale
-        overflow = finite and not good and self.scaler.is_enabled()
+        overflow = finite and not good and self.scaler.is_enabled() and self.scaler.get_scale() >= 1  # under 1 it is not the scale's doing
         return good, {**out, "norm": norm, "skipped": float(not good and not overflow)}
 
     def _set_modes(self) -> None:

@@ -417,6 +417,14 @@ def test_a_step_that_is_not_taken_leaves_the_statistics(root, tmp_path) -> None:
     assert all(torch.equal(v, before[k]) for k, v in learner.network.state_dict().items())
 
 
+@pytest.mark.parametrize("scale, skipped", [(1024.0, 0.0), (0.5, 1.0)])
+def test_a_gradient_that_no_scale_mends_counts_as_skipped(root, tmp_path, scale, skipped) -> None:
+    learner, batches = _taught(root, tmp_path, precision="fp16")
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    learner.learns[0].register_hook(lambda grad: grad * float("nan"))
+    assert learner.learn(batches, 0.0)["skipped"] == skipped
+
+
 def test_what_no_loss_reaches_keeps_its_weights(root, tmp_path) -> None:
     """No prompt in training is a mask: weight decay alone would shrink the encoder of such prompts."""
     learner, batches = _taught(root, tmp_path, clip=0.0)
