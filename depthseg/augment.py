@@ -111,7 +111,7 @@ def view(
     whole: how often the whole picture is shown. boxes_share: share of the masks prompted with a box, the rest with clicks.
     """
     areas = masks.area(sample.rles).astype(float)
-    if not len(areas):
+    if not areas.any():
         return None
     chance = areas**0.25  # neither the largest nor the most numerous masks shall rule
     focus = int(rng.choice(len(areas), p=chance / chance.sum()))

@@ -42,6 +42,7 @@ _DECODERS: tuple[tuple[tuple[bytes, ...], Callable], ...] = (
     ((b"BM",), BmpImagePlugin.BmpImageFile),
 )
 _SCANNED = 30_000_000_000  # pixels times scans of a progressive JPEG: about a minute; a camera's have ten scans
+MOST_PIXELS = 300_000_000  # of a picture
 _ORIENTATION = 0x0112  # EXIF tag; its values 2..8 are undone by these
 _UPRIGHT = dict(enumerate(PILImage.Transpose[n] for n in (
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")))  # fmt: skip
@@ -204,7 +205,7 @@ def demo() -> list[Path]:
     return found
 
 
-def read(image: Image, max_pixels: int = 300_000_000, enough: int | None = None) -> Image:
+def read(image: Image, max_pixels: int = MOST_PIXELS, enough: int | None = None) -> Image:
     """The image with `pixels`, uint8 RGB (h, w, 3), upright by its EXIF orientation, and its `size`.
 
     The first frame counts; transparency is laid on white. An image that has pixels already comes back as it is.
@@ -214,7 +215,7 @@ def read(image: Image, max_pixels: int = 300_000_000, enough: int | None = None)
     """
     if image.pixels is not None:
         return image
-    pixels, size = _from_file(image, lambda file: _decode(file, max_pixels, enough))
+    pixels, size = _from_file(image, lambda file: decode(file, max_pixels, enough))
     return replace(image, pixels=pixels, size=size)
 
 
@@ -274,8 +275,8 @@ def _header(file: IO[bytes]) -> tuple[int, int]:
     return height, width
 
 
-def _decode(file: IO[bytes], max_pixels: int, enough: int | None) -> tuple[Array, tuple[int, int]]:
-    """The pixels, and the size (h, w) that all of them would have."""
+def decode(file: IO[bytes], max_pixels: int = MOST_PIXELS, enough: int | None = None) -> tuple[Array, tuple[int, int]]:
+    """The pixels as `read` gives them, and the size (h, w) that all of them would have. Raises Unreadable, and what decoders raise."""
     with _open(file) as picture:
         width, height = picture.size
         if width * height > max_pixels:

@@ -1,13 +1,17 @@
 """What learns, and one step of it: network, losses, optimiser, moving average, scaler, and all of that as one state.
 
 A step's batch may be split into micro-batches and among processes. Losses come as sums, so gradients are added up and divided once
-by the number of things in the whole step: how it was split changes rounding only, as long as BatchNorm is frozen.
+by the number of things in the whole step: how it was split changes rounding only, as long as BatchNorm is frozen and the masks are
+small enough to be compared in all cells (larger ones are at points that each part draws for itself, tasks/masks.py).
 """
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,8 @@ from depthseg.tasks.batches import Batch
 from depthseg.tasks.choose import Task, network_of, task_of
 
 WARM_UP = 60  # steps
+MAKE_ROOM = "Make room and go on with --resume, or choose another -o."
+PATIENCE = timedelta(hours=6)  # the others wait while the first process validates; NCCL's own ten minutes would end the run
 
 
 def stage_of(plan: TrainPlan) -> Stage:
@@ -48,7 +54,9 @@ class World:
 
     def start(self, device: torch.device) -> None:
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # NCCL would guess which one is meant
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     def wait(self) -> None:
         """For all processes."""
@@ -121,6 +129,8 @@ class Learner:
         """
         torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 4099 + self.world.rank)  # so that a resumed run draws alike
         self._set_modes()
+        moving = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and m.training]
+        before = [(b, b.clone()) for m in moving for b in m.buffers()]
         warm = min(1.0, (self.step + 1) / WARM_UP)
         rate = self.stage.lr * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * done)))
         for group in self.optimizer.param_groups:
@@ -140,7 +150,11 @@ class Learner:
         values = self.world.sum(numbers).tolist()
         number = max(values[0], 1.0)
         out = {k: v / number for k, v in zip(sums, values[1:])} | dict(zip(told, values[1 + len(sums) :]))
-        out |= self._apply(number, norms, all(map(math.isfinite, values[1 : 1 + len(sums)])))
+        taken, measured = self._apply(number, norms, all(map(math.isfinite, values[1 : 1 + len(sums)])))
+        if not taken:  # a statistic that has met an infinite value once would never be finite again
+            for buffer, kept in before:
+                buffer.copy_(kept)
+        out |= measured
         self.step += 1
         return {**out, "lr": rate}
 
@@ -150,11 +164,10 @@ class Learner:
         with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
             return self.task.loss(b)
 
-    def _apply(self, number: float, norms: bool, finite: bool) -> dict[str, float]:
-        """Bring the gradients of all processes together and step, unless they are not finite."""
-        for p in self.learns:
-            if p.grad is None:  # of a part that this step did not need; all processes must sum alike
-                p.grad = torch.zeros_like(p)
+    def _apply(self, number: float, norms: bool, finite: bool) -> tuple[bool, dict[str, float]]:
+        """Bring the gradients of all processes together and step, unless they are not finite; whether it did, and what was measured."""
+        # Parts that no loss reaches, such as the encoder of mask prompts, have no gradient, in all processes alike: a gradient of zero
+        # would let their weights decay.
         grads = [p.grad for p in self.learns if p.grad is not None]
         if self.world.size > 1:
             flat = self.world.sum(torch.cat([g.flatten() for g in grads]))
@@ -164,14 +177,14 @@ class Learner:
         out = {}
         if norms:
             out = {f"norm_{name}": _norm(part) for name, part in self.parts().items() if _learns(part)}
-        norm = float(nn.utils.clip_grad_norm_(self.learns, self.plan.clip))
+        norm = float(nn.utils.clip_grad_norm_(self.learns, self.plan.clip or math.inf))
         good = finite and math.isfinite(norm)
         if good:
             self.scaler.step(self.optimizer)
             self.average.update_parameters(self.network)
         self.scaler.update()  # an overflow of scaled gradients lowers the scale
-        overflow = finite and not good and self.scaler.is_enabled()
-        return {**out, "norm": norm, "skipped": float(not good and not overflow)}
+        overflow = finite and not good and self.scaler.is_enabled() and self.scaler.get_scale() >= 1  # under 1 it is not the scale's doing
+        return good, {**out, "norm": norm, "skipped": float(not good and not overflow)}
 
     def _set_modes(self) -> None:
         """Frozen parts, and BatchNorm where the stage says so, compute with the statistics that they have."""
@@ -195,6 +208,14 @@ class Learner:
             "network": self.network.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "spent": self.spent, "unreadable": self.unreadable, "best": self.best,
         }  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """The state as a file. Raises DepthsegError where it cannot be written."""
+        try:
+            torch.save(self.state(), path)
+        except (OSError, RuntimeError) as error:  # torch's own for a full disk is a RuntimeError about positions
+            free = shutil.disk_usage(path.parent).free / 1e9
+            raise DepthsegError(f"the state cannot be written to {path.parent}, which has {free:.1f} GB free", MAKE_ROOM) from error
 
     def load(self, state: dict[str, Any]) -> None:
         for name in ("network", "average", "optimizer", "scaler"):

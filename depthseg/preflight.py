@@ -12,7 +12,7 @@ import torch
 from depthseg import score
 from depthseg.depth import maps_of
 from depthseg.errors import DepthsegError
-from depthseg.learner import Learner
+from depthseg.learner import WARM_UP, Learner
 from depthseg.models import checkpoint
 from depthseg.tasks.batches import Steps
 
@@ -76,9 +76,10 @@ def _step(learner: Learner, steps: Steps, count: int, folder: Path) -> Iterator[
     rank = learner.world.rank  # each process tries with files of its own
     probe, weights = folder / f"preflight-{rank}.pt", folder / f"preflight-{rank}.safetensors"
     try:
-        torch.save(learner.state(), probe)
+        learner.write(probe)
         checkpoint.save(learner.average.module, weights, {})
-        kept = probe.stat().st_size * (2 + learner.plan.keep) + 3 * weights.stat().st_size
+        moments = 2 * sum(p.nbytes for p in learner.learns)  # of AdamW, which has none before the first step
+        kept = (probe.stat().st_size + moments) * (2 + learner.plan.keep) + 3 * weights.stat().st_size
         free = shutil.disk_usage(folder).free
         if free < kept:
             raise DepthsegError(
@@ -104,9 +105,11 @@ def _step(learner: Learner, steps: Steps, count: int, folder: Path) -> Iterator[
     finally:
         probe.unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if learner.device.type == "cuda" else score.peak_mib()
+    memory = torch.cuda.max_memory_allocated(learner.device) / 2**20 if learner.device.type == "cuda" else score.peak_mib()
     yield Finding("checkpoint", f"saved, loaded and compared; the run keeps {kept / 1e6:,.0f} MB, {free / 1e9:,.1f} GB are free")
     length = f"about {seconds * count / 3600:.1f} h for {count:,} steps" if count < 10**7 else "as long as --minutes says"
+    if count < 4 * WARM_UP:
+        yield Finding("schedule", f"{count} steps, and the first {WARM_UP} of a run are warm-up: --steps or --epochs makes it longer")
     yield Finding("step", f"{seconds:.2f} s, {memory:,.0f} MiB at most; {length} without validation")
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image as PILImage
 
 from depthseg import masks
+from depthseg.data import decode
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
 from depthseg.schema import Array
 
 IDS = "sa_images_ids.txt"  # of EfficientViT's layout
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # Pillow would run Ghostscript for an EPS called .jpg
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Entry:
     depth: tuple[int, int] | None = None  # likewise: a 16-bit PNG, near is bright
     masks: str = ""  # path of the annotation below the root, where it is not beside the picture
     segmentations: tuple[list | dict, ...] | None = None  # of a COCO file, which is read once
+    size: tuple[int, int] | None = None  # h, w that it says the picture has
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ def _in_coco(path: Path) -> list[Entry]:
         for a in content["annotations"]:
             if not a.get("iscrowd"):
                 segmentations.setdefault(a["image_id"], []).append(a["segmentation"])
-        names = {i["id"]: i["file_name"] for i in content["images"]}
-        return [Entry(names[k], path.parent, path.name, segmentations=tuple(v)) for k, v in segmentations.items()]
+        rows = {i["id"]: i for i in content["images"]}
+        sizes = {k: (i["height"], i["width"]) for k, i in rows.items() if "height" in i and "width" in i}
+        return [
+            Entry(rows[k]["file_name"], path.parent, path.name, segmentations=tuple(v), size=sizes.get(k)) for k, v in segmentations.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DepthsegError(f"{path} is not a COCO instances file ({type(e).__name__}: {e})", "It needs images and annotations.") from e
 
@@ -170,8 +174,9 @@ def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:
 def load(entry: Entry) -> Sample:
     """The picture and its masks, decoded and checked against each other. Raises ValueError naming the sample."""
     try:
-        pixels = np.asarray(PILImage.open(io.BytesIO(_bytes(entry, ".jpg", entry.image)), formats=_FORMATS).convert("RGB"))
-        size = pixels.shape[:2]
+        pixels, size = decode(io.BytesIO(_bytes(entry, ".jpg", entry.image)))  # upright, as inference sees it
+        if entry.size and entry.size != size:  # polygons have no size of their own
+            raise ValueError(f"it has {size[1]} x {size[0]} pixels, its annotations say {entry.size[1]} x {entry.size[0]}")
         if entry.segmentations is not None:
             return Sample(entry.key, pixels, [masks.of_coco(s, size) for s in entry.segmentations])
         rles = [a["segmentation"] for a in json.loads(_bytes(entry, ".json", entry.annotation))["annotations"]]

@@ -15,7 +15,8 @@ The paper (Sec. 3.2, 4.1) gives two stages of 2 epochs, batch 4, 4 masks per ima
   clicks go where the network's own answer is most wrong, as the evaluation places them (upstream trains neither; the paper's
   gain at 3 and 5 clicks lies there).
 - Views: crops around an object as `zoom` asks for them, and whole pictures at the native input, where clicks are asked: a click
-  means a smaller thing in a larger picture.
+  means a smaller thing in a larger picture. Networks of one size see whole pictures only. All are flipped at random and change their
+  colours, one in ten turns grey (upstream only flips).
 - BatchNorm: "batch" computes with each micro-batch's statistics (across processes on CUDA) and keeps their mean; "frozen" computes with
   the kept ones, so that neither accumulation nor the number of processes changes a result. Frozen where a trained network is tuned in
   batches of four: their statistics say little. Parts that do not learn are always frozen.
@@ -99,7 +100,7 @@ class TrainPlan:
     compile: bool = False  # the image encoders, by torch.compile
     workers: int = 1
     ema: float = 0.998
-    clip: float = 1.0
+    clip: float = 1.0  # 0: gradients of any norm
     save_every: int = 200  # steps
     keep: int = 0  # checkpoints beside the last one
     log_every: int = 20  # steps

@@ -61,7 +61,9 @@ def train(
     last = out / "last.pt"
     if last.exists() and not (resume or anew):
         raise DepthsegError(f"{out} already holds a training run", "Pass --resume to go on with it, or choose another --output.")
-    validation = Validation(plan) if plan.validate and stage.task == "masks" else None
+    if plan.validate and stage.task != "masks":
+        raise DepthsegError(f"stage {plan.stage} makes no masks that could be validated", "Leave --validate out.")
+    validation = Validation(plan) if plan.validate else None
     learner = Learner(plan, stage, world)
     world.start(learner.device)
     if world.rank:
@@ -76,6 +78,8 @@ def train(
         _same_run(plan, out)
         learner.load(_state(last, learner.device))
     elif world.rank == 0:
+        if resume:
+            tell("note", {"resume": f"{out} holds no checkpoint, so this is a new run"})
         out.mkdir(parents=True, exist_ok=True)
         with text_file(out / "plan.json") as file:
             file.write(json.dumps({**asdict(plan), "version": __version__, "maps_of": maps_of(plan.depth_maps)}, indent=1))
@@ -162,9 +166,8 @@ class _Sitting:
             window.wait += time.monotonic() - waiting
             if (done := self._done()) >= 1:
                 break
-            self._usable(step)
             asked = stop()
-            told = {"unreadable": len(step.unreadable), "stop": float(bool(asked)), "late": float(self._late())}
+            told = {"unreadable": self._usable(step), "stop": float(bool(asked)), "late": float(self._late())}
             log_now = (learner.step + 1) % plan.log_every == 0
             found = learner.learn(step.batches, done, told, norms=log_now)
             learner.unreadable += int(found.pop("unreadable"))
@@ -185,6 +188,8 @@ class _Sitting:
                     self.tell("note", {"stopped": f"at step {learner.step:,} of {self.count:,}; go on with --resume"})
                 return asked if stopped else 0
             waiting = time.monotonic()
+        if self.validation and plan.minutes is not None and learner.step % plan.validate_every:  # the clock ended it between two
+            self._validate()
         self.save()
         return 0
 
@@ -197,11 +202,16 @@ class _Sitting:
     def _late(self) -> bool:
         return self.first and self.plan.max_hours is not None and time.monotonic() - self.opened > 3600 * self.plan.max_hours
 
-    def _usable(self, step: Step) -> None:
-        """Note the samples that were passed over; end the run where there are too many, or nothing is left."""
+    def _usable(self, step: Step) -> int:
+        """Note the samples that were passed over, each once however many epochs meet it; how many are new. End the run where there are
+        too many, or nothing is left."""
+        new: list[str] = []
         if step.unreadable:
-            with (self.out / "unreadable.txt").open("a", encoding="utf-8", errors="replace") as file:
-                file.writelines(" ".join(reason.split()) + "\n" for reason in step.unreadable)
+            with (self.out / "unreadable.txt").open("a+", encoding="utf-8", errors="replace") as file:
+                file.seek(0)
+                known = {line.rstrip("\n") for line in file}
+                new = [reason for reason in dict.fromkeys(" ".join(r.split()) for r in step.unreadable) if reason not in known]
+                file.writelines(reason + "\n" for reason in new)
         if self.learner.unreadable > self.plan.max_unreadable:
             self.save()
             raise DepthsegError(
@@ -210,6 +220,7 @@ class _Sitting:
             )
         if step.failure:
             raise DepthsegError(step.failure, "`depthseg data check` names all samples that are broken.")
+        return len(new)
 
     def _give_up(self, step: Step) -> None:
         """Keep the batch, and the weights that it met, for `replay`."""
@@ -257,7 +268,7 @@ class _Sitting:
             return
         last = self.out / "last.pt"
         with atomic(last) as part:
-            torch.save(learner.state(), part)
+            learner.write(part)
             if self.plan.keep and last.exists() and self.saved < learner.step:
                 with atomic(self.out / f"step-{self.saved:08d}.pt") as earlier:
                     earlier.unlink(missing_ok=True)

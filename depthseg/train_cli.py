@@ -1,6 +1,7 @@
 """`depthseg train`: the options of a training run, and what it shows while it goes."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def train(
         ),
     ] = None,
     overfit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many samples, always the same views.", rich_help_panel=CHECKS)
+        int | None, typer.Option(min=1, help="Only the first so many samples, always the same views; with --steps.", rich_help_panel=CHECKS)
     ] = None,
     fast_dev_run: Annotated[
         bool, typer.Option("--fast-dev-run", help="Three steps of everything, in OUTPUT/fast-dev-run.", rich_help_panel=CHECKS)
@@ -100,7 +101,7 @@ def train(
         Literal["batch", "frozen"] | None, typer.Option(help="Statistics of each micro-batch, or kept ones.", rich_help_panel=LEARNING)
     ] = None,
     ema: Annotated[float, typer.Option(min=0, max=1, help="Decay of the moving average.", rich_help_panel=LEARNING)] = _PLAN.ema,
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.", rich_help_panel=LEARNING)] = _PLAN.clip,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient; 0: any.", rich_help_panel=LEARNING)] = _PLAN.clip,
     teacher: Annotated[str, typer.Option(help="distil: whose embeddings are learned.", rich_help_panel=LEARNING)] = _PLAN.teacher,
     teacher_weights: Annotated[
         str | None, typer.Option(help="distil: a checkpoint of it.", rich_help_panel=LEARNING, metavar="FILE")
@@ -160,9 +161,12 @@ def train(
 
 def _numbers(given: list[str] | None) -> dict[str, float]:
     try:
-        return {k: float(v) for k, _, v in (m.rpartition("=") for m in given or [])}
+        found = {k: float(v) for k, _, v in (m.rpartition("=") for m in given or [])}
+        if all(k and 0 <= v < math.inf for k, v in found.items()):
+            return found
     except ValueError:
-        raise DepthsegError("--mix and --loss take NAME=NUMBER", "Write them like --mix coco=3 --loss dice=2.") from None
+        pass
+    raise DepthsegError("--mix and --loss take NAME=NUMBER, numbers from 0", "Write them like --mix coco=3 --loss dice=2.")
 
 
 @contextlib.contextmanager

@@ -17,13 +17,16 @@ from PIL import Image as PILImage
 
 from depthseg import catalog, masks, sa1b
 from depthseg.augment import TOKENS, view
+from depthseg.cli import main
 from depthseg.errors import DepthsegError
-from depthseg.learner import Learner
+from depthseg.learner import Learner, World, stage_of
 from depthseg.models.checkpoint import save
 from depthseg.models.depthseg import build
-from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, StretchedFrame
 from depthseg.stages import STAGES, TrainPlan
-from depthseg.tasks.batches import Order
+from depthseg.tasks.batches import Order, Steps, chances
+from depthseg.tasks.choose import task_of
+from depthseg.tasks.depth import DepthSource
 from depthseg.tasks.masks import MaskLoss, deepest_errors
 from depthseg.train import replay, train
 
@@ -100,6 +103,59 @@ def test_a_coco_file_of_other_sizes_is_named(root, tmp_path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=r"a\.png: a mask of"):
         sa1b.load(sa1b.index([tmp_path / "x.json"])[0])
+
+
+def test_polygons_lie_on_the_picture_that_inference_sees(tmp_path) -> None:
+    """Upright by its EXIF orientation; and polygons of a picture of another size are refused, for they have no size of their own."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[5:15, 5:20] = 255
+    picture = PILImage.fromarray(pixels)
+    turned = picture.getexif()
+    turned[0x0112] = 3  # stands on its head
+    picture.save(tmp_path / "a.png", exif=turned)
+    picture.resize((30, 20)).save(tmp_path / "b.png")
+    images = [{"id": i, "file_name": f"{name}.png", "width": 60, "height": 40} for i, name in enumerate("ab")]
+    rows = [{"image_id": i, "segmentation": [[40, 25, 55, 25, 55, 35, 40, 35]]} for i in range(2)]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": rows}))
+    a, b = sa1b.index([tmp_path / "x.json"])
+    sample = sa1b.load(a)
+    assert (sample.pixels[masks.decode(sample.rles[0])] == 255).all()
+    with pytest.raises(ValueError, match=r"b\.png: it has 30 x 20 pixels, its annotations say 60 x 40"):
+        sa1b.load(b)
+
+
+def test_a_sample_without_a_pixel_of_a_mask_shows_nothing() -> None:
+    nothing = sa1b.Sample("a", np.zeros((64, 64, 3), np.uint8), [masks.encode(np.zeros((64, 64), bool))])
+    assert view(nothing, None, None, 160, 2, 2, 0.5, 0.5, np.random.default_rng(0)) is None
+
+
+def test_a_mix_names_what_there_is_and_leaves_out_the_rest() -> None:
+    assert chances(["coco", "cats"], {"co": 3.0}).tolist() == [3, 1]
+    with pytest.raises(DepthsegError, match="no sample comes from 'dogs'"):
+        chances(["coco", "cats"], {"co": 3.0, "dogs": 1.0})
+
+
+def test_a_source_of_weight_0_is_not_pasted_either(root, tmp_path) -> None:
+    (root.parent / "manifest.csv").write_text("file,source_repo\n" + "".join(f"train/sa_000000/sa_{i}.jpg,s{i}\n" for i in range(4)))
+    plan = _plan(root, tmp_path, mix={"s1": 0.0, "s2": 2.0})
+    task = task_of(plan, STAGES["0"], build("nano", depth=False))
+    (root.parent / "manifest.csv").unlink()
+    assert [e.source for e in task.source.entries] == ["s0", "s2", "s3"] and task.order.chance.tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("words", [["--mix", "a=-1"], ["--mix", "a=nan"], ["--mix", "=2"], ["--loss", "mask"]])
+def test_weights_are_numbers_from_0(root, tmp_path, words, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--stage", "0", "--model", "nano", "--data", str(root), "-o", str(tmp_path / "o"), *words])
+    assert "take NAME=NUMBER" in capsys.readouterr().err
+
+
+def test_depth_of_another_size_is_named(tmp_path) -> None:
+    PILImage.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    PILImage.fromarray(np.full((24, 32), 900, np.uint16)).save(tmp_path / "d.png")
+    source = DepthSource([sa1b.DepthPair(tmp_path / "a.png", tmp_path / "d.png", "metric", "s")])
+    with pytest.raises(ValueError, match=r"a\.png: 64 x 48 pixels, but its depth map"):
+        source.sample(0, np.random.default_rng(0), None)
 
 
 def test_bad_roots(tmp_path) -> None:
@@ -345,12 +401,83 @@ def test_what_is_not_finite_is_skipped_then_kept_for_replay(root, tmp_path) -> N
     assert found["skipped"] == 1 and np.isfinite(found["dice"])
 
 
+def _taught(root, out, **changes):
+    """A learner, and the samples of its first step."""
+    plan = _plan(root, out, **changes)
+    learner = Learner(plan, stage_of(plan), World())
+    return learner, Steps(learner.task.source, learner.task.order, 2, 2, plan.seed)[0].batches
+
+
+def test_a_step_that_is_not_taken_leaves_the_statistics(root, tmp_path) -> None:
+    """One infinite value in one batch would stay in the running mean, and in the average's, for good."""
+    learner, batches = _taught(root, tmp_path)
+    batches[0]["rgb"][0, 0, 0, 0] = float("inf")
+    before = {k: v.clone() for k, v in learner.network.state_dict().items()}
+    assert learner.learn(batches, 0.0)["skipped"] == 1
+    assert all(torch.equal(v, before[k]) for k, v in learner.network.state_dict().items())
+
+
+@pytest.mark.parametrize("scale, skipped", [(1024.0, 0.0), (0.5, 1.0)])
+def test_a_gradient_that_no_scale_mends_counts_as_skipped(root, tmp_path, scale, skipped) -> None:
+    learner, batches = _taught(root, tmp_path, precision="fp16")
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    learner.learns[0].register_hook(lambda grad: grad * float("nan"))
+    assert learner.learn(batches, 0.0)["skipped"] == skipped
+
+
+def test_what_no_loss_reaches_keeps_its_weights(root, tmp_path) -> None:
+    """No prompt in training is a mask: weight decay alone would shrink the encoder of such prompts."""
+    learner, batches = _taught(root, tmp_path, clip=0.0)
+    before = {k: v.clone() for k, v in learner.network.named_parameters()}
+    assert learner.learn(batches, 0.0)["norm"] > 0
+    moved = {k for k, v in learner.network.named_parameters() if not torch.equal(v, before[k])}
+    assert not any("mask_downscaling" in k for k in moved)
+    assert "image_encoder.norm.weight" in moved, "--clip 0 is no limit, and a vector has no decay"
+
+
+def test_clicks_are_tried_without_leaving_weights_in_autocast(root, tmp_path, monkeypatch) -> None:
+    learner, batches = _taught(root, tmp_path, precision="bf16", boxes_share=0.0)
+    batches[0]["rounds"].fill_(1)
+    events = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (events.append("clear"), clear()))
+    learner.network.register_forward_pre_hook(lambda *_: events.append("learn" if torch.is_grad_enabled() else "try"))
+    learner.learn(batches, 0.0)
+    assert events[:3] == ["try", "clear", "learn"]
+
+
+def test_a_full_disk_is_said(root, tmp_path, monkeypatch) -> None:
+    def full(state, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DepthsegError, match=r"cannot be written to .* GB free"):
+        train(_plan(root, tmp_path / "o"))
+
+
+def test_what_a_run_is_told_in_vain_is_refused_or_said(root, tmp_path) -> None:
+    with pytest.raises(DepthsegError, match="makes no masks that could be validated"):
+        train(_plan(root, tmp_path / "o", stage="boxes", validate="x.json"))
+    notes = []
+    train(_plan(root, tmp_path / "new"), resume=True, tell=lambda kind, values: notes.append(values) if kind == "note" else None)
+    assert "holds no checkpoint" in notes[0]["resume"]
+
+
+def test_a_teacher_of_stretched_pictures_is_refused(root, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(catalog, "load", lambda name, path: SimpleNamespace(frame=StretchedFrame))
+    with pytest.raises(DepthsegError, match="stretched"):
+        train(_plan(root, tmp_path / "o", stage="distil", teacher_weights="x.pt"))
+
+
 def test_preflight_leaves_no_trace_and_says_what_learns(root, tmp_path) -> None:
     told = {}
     train(_plan(root, tmp_path / "a"), check=True, tell=lambda kind, values: told.update(values) if kind == "preflight" else None)
     train(_plan(root, tmp_path / "b"))
     _same(tmp_path / "a" / "weights.safetensors", tmp_path / "b" / "weights.safetensors")
     assert "image_encoder 2,686,192 of 2,686,192" in told["learns"] and told["data"].startswith("4 samples")
+    last, weights = ((tmp_path / "a" / name).stat().st_size for name in ("last.pt", "weights.safetensors"))
+    kept = float(told["checkpoint"].split("keeps ")[1].split(" MB")[0])
+    assert kept == pytest.approx((2 * last + 3 * weights) / 1e6, rel=0.05), "with AdamW's moments, which come with the first step"
     assert "saved, loaded and compared" in told["checkpoint"] and "MiB at most" in told["step"]
     assert not list((tmp_path / "a").glob("preflight*"))
 
@@ -382,6 +509,8 @@ def test_broken_samples_are_named_and_have_a_limit(root, tmp_path) -> None:
         train(plan)
     assert "--max-unreadable" in refused.value.hint
     assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] < 40, "what was learned is kept"
+    train(_plan(some, tmp_path / "d", steps=12, batch=6, masks=1, max_unreadable=3))  # three, however many epochs meet them
+    assert sorted(line.split(":")[0] for line in (tmp_path / "d" / "unreadable.txt").open()) == ["sa_0.jpg", "sa_1.jpg", "sa_2.jpg"]
     for i in range(6):
         (some / f"sa_{i}.jpg").write_bytes(b"no picture")
     with pytest.raises(DepthsegError, match="in a row cannot be read"):
@@ -512,6 +641,15 @@ def test_validation_is_the_evaluation_in_small(root, tmp_path) -> None:
     subprocess.run([sys.executable, "-m", "depthseg", *told], check=True, capture_output=True, timeout=240)
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert lines[-1]["val_miou"] == pytest.approx(report["metrics"]["miou"], abs=0.6), "fp16 kernels are all that differs"
+
+
+def test_a_run_that_the_clock_ends_is_validated_at_its_end(root, tmp_path) -> None:
+    seen = []
+    file = _coco(root, tmp_path)
+    plan = _plan(root, tmp_path / "o", steps=None, minutes=0.02, validate=str(file), validate_images=str(root), validate_every=10_000,
+                 validate_count=1)  # fmt: skip
+    train(plan, tell=lambda kind, values: seen.append(values["step"]) if kind == "validation" else None)
+    assert seen == [torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"]]
 
 
 def test_the_log_has_curves_and_tensorboard(root, tmp_path) -> None:

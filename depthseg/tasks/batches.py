@@ -1,6 +1,7 @@
 """Which samples a step of training gets, and the share of one process in it.
 
-A step is a function of (seed, step) alone: a resumed run sees the same ones, and how many processes share it changes nothing.
+A step is a function of (seed, step) alone: a resumed run sees the same ones, and how many processes share it changes nothing, but that
+each of them gets a sample where a step of large inputs takes fewer than there are.
 """
 
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthseg.errors import DepthsegError
 from depthseg.schema import Array
 
 Batch = dict[str, Tensor]
@@ -123,7 +125,15 @@ class Steps(torch.utils.data.Dataset):
 
 
 def chances(names: list[str], mix: dict[str, float]) -> Array | None:
-    """How often each sample is drawn (N,), by the first key of `mix` that its source's name contains; None without a mix."""
+    """How often each sample is drawn (N,), by the first key of `mix` that its source's name contains; None without a mix.
+
+    Raises DepthsegError for a key that no source contains.
+    """
     if not mix:
         return None
+    if strange := [part for part in mix if not any(part in name for name in set(names))]:
+        raise DepthsegError(
+            f"--mix: no sample comes from '{strange[0]}'",
+            "manifest.csv beside the data names their sources; samples in tars and packs have none.",
+        )
     return np.array([next((weight for part, weight in mix.items() if part in name), 1.0) for name in names])

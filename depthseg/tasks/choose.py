@@ -14,7 +14,7 @@ from depthseg.models import checkpoint
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
 from depthseg.models.depthseg import DepthSeg
-from depthseg.schema import Image
+from depthseg.schema import Frame, Image
 from depthseg.stages import Stage, TrainPlan
 from depthseg.tasks.batches import Order, Source, chances
 from depthseg.tasks.boxes import BoxLoss, BoxSource
@@ -72,8 +72,11 @@ def task_of(plan: TrainPlan, stage: Stage, network: nn.Module) -> Task:
         return Task(DepthSource(pairs), Order(len(pairs), plan.seed, None if plan.overfit else seldom), DepthLoss(network))
     entries = sa1b.index(roots)[: plan.overfit]
     chance = chances([e.source for e in entries], plan.mix)
-    if chance is not None and not chance.sum():
-        raise DepthsegError("no sample is left after --mix", "Give at least one source a weight above 0.")
+    if chance is not None:
+        if not chance.any():
+            raise DepthsegError("no sample is left after --mix", "Give at least one source a weight above 0.")
+        entries = [e for e, often in zip(entries, chance) if often]  # what is left out is not pasted into others either
+        chance = chance[chance > 0]
     order = Order(len(entries), plan.seed, chance)
     if isinstance(network, BoxNet):
         return Task(BoxSource(entries), order, BoxLoss(network))
@@ -113,4 +116,7 @@ def _teacher(plan: TrainPlan) -> nn.Module:
             f"Pass --teacher-weights PATH, or run `depthseg weights pull {plan.teacher}` on a machine with a network.",
             MISSING_PIECE,
         )
-    return catalog.load(plan.teacher, path).eval().requires_grad_(False)
+    network = catalog.load(plan.teacher, path)
+    if getattr(network, "frame", Frame) is not Frame:
+        raise DepthsegError(f"{plan.teacher} sees stretched pictures, which no student here does", "Choose another --teacher.")
+    return network.eval().requires_grad_(False)

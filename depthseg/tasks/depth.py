@@ -35,7 +35,9 @@ class DepthSource:
         try:
             pixels = np.asarray(PILImage.open(pair.rgb).convert("RGB"))
             stored = np.asarray(PILImage.open(pair.depth)).astype(np.float32)
-        except OSError as error:
+            if stored.shape != pixels.shape[:2]:
+                raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but its depth map is of shape {stored.shape}")
+        except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{pair.rgb.name}: {error}") from error
         d = np.full(stored.shape, np.nan, np.float32)
         valid = stored > 0
