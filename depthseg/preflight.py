@@ -104,7 +104,7 @@ def _step(learner: Learner, steps: Steps, count: int, folder: Path) -> Iterator[
     finally:
         probe.unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if learner.device.type == "cuda" else score.peak_mib()
+    memory = torch.cuda.max_memory_allocated(learner.device) / 2**20 if learner.device.type == "cuda" else score.peak_mib()
     yield Finding("checkpoint", f"saved, loaded and compared; the run keeps {kept / 1e6:,.0f} MB, {free / 1e9:,.1f} GB are free")
     length = f"about {seconds * count / 3600:.1f} h for {count:,} steps" if count < 10**7 else "as long as --minutes says"
     yield Finding("step", f"{seconds:.2f} s, {memory:,.0f} MiB at most; {length} without validation")
