@@ -53,10 +53,11 @@ class World:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
 
     def start(self, device: torch.device) -> None:
+        card = device if device.type == "cuda" else None
+        if card:
+            torch.cuda.set_device(card)  # or every process would pin memory, and wait for the others, on the first card
         if self.size > 1 and not dist.is_initialized():
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # NCCL would guess which one is meant
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if card else "gloo", timeout=PATIENCE, device_id=card)
 
     def wait(self) -> None:
         """For all processes."""
@@ -161,7 +162,8 @@ class Learner:
     def _forward(self, batch: Batch) -> tuple[Batch, Tensor]:
         b = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         b = {k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in b.items()}
-        with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
+        # without autocast's cache: in torch 2.9 weights that it has cast under no_grad get no gradient afterwards
+        with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32", cache_enabled=False):
             return self.task.loss(b)
 
     def _apply(self, number: float, norms: bool, finite: bool) -> tuple[bool, dict[str, float]]:
@@ -219,7 +221,8 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         for name in ("network", "average", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+            if state[name]:  # that of a scaler is empty where the run began in another precision, on another device
+                getattr(self, name).load_state_dict(state[name])
         for name in ("step", "spent", "unreadable", "best"):
             setattr(self, name, state[name])
 
@@ -227,7 +230,7 @@ class Learner:
 def _device(plan: TrainPlan, local: int) -> tuple[torch.device, str]:
     device = device_of(plan.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local)
+        device = device_of(f"cuda:{local}")
     return device, precision_of(plan.precision, device)
 
 

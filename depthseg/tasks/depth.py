@@ -83,7 +83,7 @@ class DepthLoss(nn.Module):
         target = batch["inverse"]
         valid = target.isfinite()
         keep = valid.sum((1, 2)) > 50
-        p = self.network(batch["rgb"])[keep]
+        p = self.network(batch["rgb"]).float()[keep]  # it may come from autocast
         valid, target = valid[keep], target[keep].nan_to_num()
         a, b = _standardised(p, valid), _standardised(target, valid)
         error = (a - b) * valid

@@ -152,8 +152,6 @@ class MaskLoss(nn.Module):
             xy, signs = xy.clone(), signs.clone()
             xy[at], signs[at] = where[room] * PROMPT_SIDE, sign[room]
             signs[at[0], at[1] + 1] = PADDING
-        # torch 2.9's autocast keeps the head's weights as it made them here, without a gradient, and would have the losses use them
-        torch.clear_autocast_cache()
         points, labels = points.clone(), labels.clone()
         points[rows], labels[rows] = xy, signs
         return points, labels
