@@ -73,6 +73,8 @@ class Segmenter:
         if self.device.type == "cpu":
             keep_memory()
             take_threads(plan.threads)
+        else:
+            torch.backends.cudnn.allow_tf32 = False  # or convolutions in fp32 would have fp16's ten bits
         self.precision = precision_of(plan.precision, self.device)
         backends.check(plan.backend, self.device)
         if told := backends.note(plan.backend, self.precision, self.device):

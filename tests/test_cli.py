@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 import typer.main
 
 import depthseg.evaluate  # noqa: F401  # so that it keeps the real Segmenter, whatever is tested first
@@ -337,6 +338,8 @@ def test_bad_input_is_one_line_and_a_hint(run, fake, pictures, tmp_path, words, 
     [
         (DepthsegError("no weights", "pull them", MISSING_PIECE), 5, "error: no weights"),
         (OSError("disk\nfull"), 1, "unexpected error: OSError: disk full"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "error: the memory is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "error: the memory is full"),
     ],
 )
 def test_errors_show_a_traceback_only_with_debug(run, fake, pictures, tmp_path, trouble, code, first):
