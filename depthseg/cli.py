@@ -138,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
             if message := error.format_message():  # empty where a group of commands has printed its help instead
                 _explain("error", message, f"depthseg{verb} --help lists what there is.")
         elif type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):  # a card's, or the CPU's
-            _explain("error", "the memory is full", "Use a smaller --batch or --prompt-batch (in training --micro-batch), or another --model.")
+            _explain(
+                "error", "the memory is full", "Use a smaller --batch or --prompt-batch (training: --micro-batch), or another --model."
+            )
         else:
             _explain("unexpected error", f"{type(error).__name__}: {error}", "Add --debug to see the traceback.")
     if "--debug" in argv:
