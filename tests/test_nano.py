@@ -53,7 +53,7 @@ def test_run_again_it_has_nothing_left_to_do(demo):
     out, command, _ = demo
     before = (out / "predictions.json").read_bytes()
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "are done already" in again.stderr
+    assert again.returncode == 0 and "done already" in again.stderr
     assert (out / "predictions.json").read_bytes() == before
 
 

@@ -321,7 +321,7 @@ def test_two_processes_compute_what_one_does(root, tmp_path) -> None:
     )
     (tmp_path / "go.py").write_text(code)
     told = json.dumps(asdict(replace(plan, output=str(tmp_path / "two"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(tmp_path / "go.py"), told]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(tmp_path / "go.py"), told]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (tmp_path / "two" / "weights.safetensors").exists(), done.stderr[-2000:]
     one, two = _log(tmp_path / "one"), _log(tmp_path / "two")
@@ -702,7 +702,7 @@ def test_a_fast_dev_run_does_three_steps_of_everything(root, tmp_path) -> None:
 def test_the_command_under_torchrun_tries_everything_too(root, tmp_path) -> None:
     """Preflight and validation write files: two processes must not write the same ones, nor remove what the other made."""
     annotations = _coco(root, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29519", "-m", "depthseg", "train",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "depthseg", "train",
                "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "-o", str(tmp_path / "o"), "--fast-dev-run",
                "--workers", "0", "--validate", str(annotations), "--validate-images", str(root)]  # fmt: skip
     for _ in range(2):  # the second one finds a folder to make anew
