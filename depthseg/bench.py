@@ -172,6 +172,11 @@ def clock() -> Array:
     return np.array([time.perf_counter(), time.process_time()])
 
 
+def counts_in(device: Any) -> int:
+    """Which of `clock`'s seconds tell what work costs: wall on a card, whose work takes no CPU, process-CPU elsewhere."""
+    return 0 if torch.device(device).type == "cuda" else 1
+
+
 def cases(
     ours: dict[str, Segmenter],
     others: dict[str, Other],
@@ -187,7 +192,8 @@ def cases(
 
     Pictures are as `photographs` makes them in `folder`. All sides take turns on the same pictures and boxes; before the first turn at
     a size each is asked for one box. Seconds are medians over the turns for one image, [wall, process CPU]. Ratios are of process-CPU
-    time within one turn, [min, median, max], above 1 where ours is faster; `miou` is the mean IoU of the masks of both.
+    time (on a card of wall time) within one turn, [min, median, max], above 1 where ours is faster; `miou` is the mean IoU of the masks
+    of both.
     """
     rows: list[dict] = []
     total = len(sizes) * len(counts) * rounds
@@ -215,7 +221,8 @@ def cases(
             for name in ours:
                 row = {"size": f"{size[1]}x{size[0]}", "boxes": count, "depth": name, **_medians(turns[name], stages[name])}
                 row["operations"] = {"encode": work[name]["encode"], "decode": work[name]["decode"] * count}
-                row["against"] = {o: _against(turns[o], turns[name], found[o], found[name]) for o in others}
+                which = counts_in(ours[name].device)
+                row["against"] = {o: _against(turns[o], turns[name], found[o], found[name], which) for o in others}
                 rows.append(row)
     return rows
 
@@ -278,8 +285,10 @@ def _medians(turns: list[Array], stages: list[dict[str, Array]]) -> dict[str, An
     return {"seconds": middle(turns), "model": model, "stages": by_stage}
 
 
-def _against(theirs: list[Array], ours: list[Array], their_masks: list[list[dict]], our_masks: list[list[dict]]) -> dict[str, Any]:
-    ratios = [float(a[1] / b[1]) for a, b in zip(theirs, ours)]
+def _against(
+    theirs: list[Array], ours: list[Array], their_masks: list[list[dict]], our_masks: list[list[dict]], which: int
+) -> dict[str, Any]:
+    ratios = [float(a[which] / b[which]) for a, b in zip(theirs, ours)]
     pairs = [(a, b) for x, y in zip(their_masks, our_masks) for a, b in zip(x, y)]
     ious = [1.0 if a == b else float(masks.iou([a], [b])[0, 0]) for a, b in pairs]
     spread = [round(v, 3) for v in (min(ratios), median(ratios), max(ratios))]

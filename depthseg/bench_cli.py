@@ -21,6 +21,7 @@ from depthseg.terminal import downloads, interruptible, progress, say, table
 
 CASES = "Sizes, boxes and peers"  # help panel
 SIZES, COUNTS = "640x480,12mp", "1,10,100"
+CLOCKS = ("wall", "CPU")  # of bench.clock
 
 
 def bench(
@@ -206,6 +207,7 @@ def _cases(
             "batch": plan.batch,
             "images": images,
             "rounds": rounds,
+            "ratios_of": CLOCKS[bench.counts_in(where)],
         }
         return {"schema_version": 1, **about, **settings, "peaks": bench.peaks(where, precision), "cases": rows}
 
@@ -218,25 +220,26 @@ def _show(told: dict[str, Any]) -> None:
         f"batches of {told['batch']}, medians of {told['rounds']}"
     )
     rows, shares = [], []
+    which = CLOCKS.index(told["ratios_of"])
+    unit = f"{CLOCKS[which]} ms"
     names = [s for s in ("read", "depth", "encode", "decode", "masks") if any(s in row["stages"] for row in told["cases"])]
     for row in told["cases"]:
         wall, cpu = row["seconds"]
-        stages = [f"{1000 * row['stages'][s][1]:.1f}" if s in row["stages"] else "" for s in names]
+        stages = [f"{1000 * row['stages'][s][which]:.1f}" if s in row["stages"] else "" for s in names]
         rates = [f"{1 / seconds:.2f}" for seconds in (wall, row["model"][0])]
         rows.append([*_case(row), *rates, f"{1000 * wall:.1f}", f"{1000 * cpu:.1f}", *stages])
-        clock = 0 if told["device"].startswith("cuda") else 1
-        speed = {s: row["operations"][s] / row["stages"][s][clock] for s in ("encode", "decode") if row["operations"][s]}
+        speed = {s: row["operations"][s] / row["stages"][s][which] for s in ("encode", "decode") if row["operations"][s]}
         shares.append([*_case(row), *(f"{v / 1e9:.0f} ({100 * v / told['peaks']['convolution']:.0f} %)" for v in speed.values())])
-    table(["size", "boxes", "depth", "images/s", "model only", "wall ms", "CPU ms", *(f"{s} CPU ms" for s in names)], rows)
+    table(["size", "boxes", "depth", "images/s", "model only", "wall ms", "CPU ms", *(f"{s} {unit}" for s in names)], rows)
     against = [
-        [name, *_case(row), f"{1000 * it['seconds'][1]:.0f}", f"{1000 * row['seconds'][1]:.0f}",
+        [name, *_case(row), f"{1000 * it['seconds'][which]:.0f}", f"{1000 * row['seconds'][which]:.0f}",
          *(f"{v:.2f}" for v in it["ratio"]), "" if it["miou"] is None else f"{it['miou']:.5f}"]
         for row in told["cases"] for name, it in row["against"].items()
     ]  # fmt: skip
     if against:
-        table(["against", "size", "boxes", "depth", "its CPU ms", "ours", "ratio: least", "median", "most", "mIoU of masks"], against)
+        table(["against", "size", "boxes", "depth", f"its {unit}", "ours", "ratio: least", "median", "most", "mIoU of masks"], against)
     peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in told["peaks"].items())
-    typer.echo(f"the best of torch here, GFLOP/s of {'the card' if told['device'].startswith('cuda') else 'one core'}: {peaks}")
+    typer.echo(f"the best of torch here, GFLOP/s of {('the card', 'one core')[which]}: {peaks}")
     if all(len(row) == 5 for row in shares):
         table(["size", "boxes", "depth", "encode GFLOP/s (of the convolution)", "decode"], shares)
 

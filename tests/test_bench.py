@@ -180,3 +180,11 @@ def test_depth_anything_of_the_catalogs_size(tmp_path):
     assert sum(p.numel() for p in estimator._network.parameters()) == pytest.approx(24.8e6, rel=0.01)
     with pytest.raises(DepthsegError):
         bench.random_depth("depth-anything-v2-large", tmp_path / "l", torch.device("cpu"), "fp32")
+
+
+def test_what_a_card_computes_is_counted_in_wall_time():
+    assert bench.counts_in("cuda:1") == 0 and bench.counts_in("cpu") == 1
+    found = [[{"size": [1, 1], "counts": "01"}]]
+    wall_apart = [np.array([2.0, 9.0])], [np.array([1.0, 9.0])], found, found
+    assert bench._against(*wall_apart, 0)["ratio"] == [2.0, 2.0, 2.0]
+    assert bench._against(*wall_apart, 1)["ratio"] == [1.0, 1.0, 1.0]
