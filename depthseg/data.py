@@ -367,8 +367,8 @@ def read_ahead(images: Iterable[Image], workers: int = 2, ahead: int = 8, enough
 def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int, ahead: int) -> Generator[T]:
     """What `call` gives for each item, in the order of the items, computed in threads while the caller is at work.
 
-    At most `ahead` results wait at any time. An exception, of a call or of `items`, comes after the results before it. The threads end
-    with the iterator, also when it is left early.
+    At most `ahead` results wait at any time, or one for each worker where those are more. An exception, of a call or of `items`, comes
+    after the results before it. The threads end with the iterator, also when it is left early.
     """
     pool = ThreadPoolExecutor(workers, call.__name__)
     waiting: deque[Future[T]] = deque()
@@ -381,7 +381,7 @@ def in_threads(call: Callable[[S], T], items: Iterable[S], workers: int, ahead: 
                 break
             except BaseException as error:  # Ctrl-C too: what is in hand must not be lost
                 broken = error
-            if len(waiting) >= ahead:
+            if len(waiting) >= max(ahead, workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -198,7 +198,7 @@ class Segmenter:
 
         What is wrong with one image ends that image only; lack of memory and programming errors are raised.
         """
-        stream = read_ahead(images, beside(), max(beside(), self.plan.batch), enough=self._enough())
+        stream = read_ahead(images, beside(), self.plan.batch, enough=self._enough())
         while True:
             start = self.clock()
             held = list(islice(stream, self.plan.batch))

@@ -175,7 +175,7 @@ class Sink:
                 return not_written(answer.image, error)
             return answer
 
-        return in_threads(attempt, answers, beside(), max(beside(), self.plan.batch) + 1)  # answers come by batch
+        return in_threads(attempt, answers, beside(), self.plan.batch + 1)  # answers come by batch
 
     def draw(self, record: Record) -> None:
         """The pictures of one image. Threads may draw different ones at a time."""

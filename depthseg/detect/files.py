@@ -305,7 +305,7 @@ def write_boxes(
 
     Returns the number of boxes, and the images that could not be read. Memory does not grow with the number of images.
     """
-    stream = read_ahead(images, beside(), max(beside(), batch))
+    stream = read_ahead(images, beside(), batch)
     failed: list[Failure] = []
     count = done = 0
     with atomic(path) as part, part.open("w", encoding="utf-8") as file:
