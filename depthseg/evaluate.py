@@ -61,7 +61,7 @@ def run(
         done,
         on.scored,
         ask,
-        zoom=segmenter.zoom and ask.prompt != "point",
+        zoom=segmenter.zoom,
         single=segmenter.network.single_mask_for != "never",
         refine=segmenter.plan.refine,
         model=segmenter.plan.model,

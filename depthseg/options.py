@@ -157,7 +157,8 @@ Zoom = Annotated[
     bool | None,
     typer.Option(
         "--zoom/--no-zoom",
-        help="Decode every box on a crop of its own: better on small objects. Without either: nano does, the large models do not.",
+        help="Look at every box, and at the answer to clicks, on a crop of its own: better on small objects. Without either: nano does, "
+        "the large models do not.",
         rich_help_panel=PROMPTS,
     ),
 ]

@@ -41,7 +41,7 @@ PROTOCOLS = {
 def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False, refine: str = "none") -> list[str]:
     """The rules of a protocol for one kind of prompt (box, point or detector), a sentence each.
 
-    zoom: each box on a crop of its own. single: the model answers a box, or three and more points, with one mask.
+    zoom: boxes, and the answers to clicks, on crops of their own. single: the model answers a box, or three and more points, with one mask.
     refine: a key of plan.REFINEMENTS.
     """
     p = PROTOCOLS[name]
@@ -77,7 +77,8 @@ def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False, r
         ],
     }[prompt]
     if zoom:
-        lines.append("Every box is looked at on a crop of its own (zoom).")
+        clicks = "Clicks are asked on the whole picture, then twice on a crop around the answer (zoom)."
+        lines.append(clicks if prompt == "point" else "Every box is looked at on a crop of its own (zoom).")
     if refine != "none":
         lines.append(f"Refined ({refine}): {REFINEMENTS[refine]}.")
     return [f"Protocol {name}: {p.source}.", *lines]

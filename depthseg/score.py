@@ -344,7 +344,7 @@ def report(
     if dataset.left_out:
         known.append(f"{dataset.left_out} images of {dataset.file.name} were not chosen: the numbers are not those of the whole set")
     if zoom and protocol == "official":
-        known.append("boxes are looked at on crops (zoom), which the official evaluation does not do")
+        known.append("masks are looked for on crops (zoom), which the official evaluation does not do")
     means = {s: float(1000 * np.mean([row.get(s, 0.0) for row in seconds])) for s in dict.fromkeys(s for row in seconds for s in row)}
     total = sum(map(sum, (row.values() for row in seconds)))
     return {

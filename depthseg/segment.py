@@ -40,7 +40,7 @@ from depthseg.schema import (
     Prompts,
     Record,
 )
-from depthseg.views import Answer, Encoded, View, box_of, fit, masks_of, prompts_of, rows_of, whole
+from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, masks_of, on_crop, prompts_of, rows_of, whole
 
 T = TypeVar("T")
 Seconds = defaultdict[str, float]  # by stage
@@ -254,30 +254,60 @@ class Segmenter:
     ) -> list[list[Answer]]:
         """The answers to the prompts of each whole picture, in the order of the prompts.
 
-        With `zoom`, prompts with a box are asked on a crop around it instead. strict: as in `decode`.
-        spent: seconds by stage are added here.
+        With `zoom`, prompts with a box are asked on a crop around it instead, clicks on crops around their answers, too, unless strict.
+        strict: as in `decode`. spent: seconds by stage are added here.
         """
         spent = defaultdict(float) if spent is None else spent
-        answers: list[list[Answer]] = [[] for _ in views]
-        zoomed = [self.zoom & (p.labels == CORNER_MIN).any(1) for p in asked]  # bool (P,) for each view
+        answers: list[dict[int, Answer]] = [{} for _ in views]  # by prompt
+        zoomed = [self.zoom & is_boxed(p) for p in asked]  # bool (P,) for each view
         wholes = [(v, np.flatnonzero(~z)) for v, z in enumerate(zoomed) if not z.all()]
-        crops = [(v, np.array([i])) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]  # one view, one prompt
+        for start in range(0, len(wholes), self.plan.batch):
+            some = wholes[start : start + self.plan.batch]
+            encoded = self.encode([views[v] for v, _ in some], self.network.side, spent)
+            questions = [rows_of(asked[v], rows) for v, rows in some]
+            for (v, rows), found in zip(some, self.decode(encoded, questions, strict, spent)):
+                answers[v] |= {int(rows[a.prompt]): a._replace(prompt=int(rows[a.prompt])) for a in found}
+        boxed = [(v, int(i)) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]
+        for (v, i), answer in zip(boxed, self._on_crops(views, asked, boxed, [around(asked[v], i) for v, i in boxed], spent)):
+            answers[v][i] = answer
+        ordered = [[found[i] for i in sorted(found)] for found in answers]
+        return ordered if strict else self.closer(views, asked, ordered, spent)
 
-        def ask(some: list[tuple[int, Array]], seen: list[View], side: int) -> None:
-            questions = [rows_of(asked[v], rows, view.corner) for (v, rows), view in zip(some, seen)]
-            found = self.decode(self.encode(seen, side, spent), questions, strict, spent)
-            for (v, rows), those in zip(some, found):
-                answers[v] += [a._replace(prompt=int(rows[a.prompt])) for a in those]
+    def closer(
+        self, views: Sequence[View], asked: Sequence[Prompts], answers: Sequence[list[Answer]], spent: Seconds | None = None
+    ) -> list[list[Answer]]:
+        """With `zoom`, answers to clicks alone after `LOOKS` looks at crops around them; all others as they are.
 
-        size = self.plan.batch
-        for start in range(0, len(wholes), size):
-            some = wholes[start : start + size]
-            ask(some, [views[v] for v, _ in some], self.network.side)
-        size *= (self.network.side // self.network.zoom_side) ** 2  # one encoder call has the pixels of a batch of wholes
-        for start in range(0, len(crops), size):
-            some = crops[start : start + size]
-            ask(some, [views[v].crop(box_of(asked[v], rows[0])) for v, rows in some], self.network.zoom_side)
-        return [sorted(found, key=lambda a: a.prompt) for found in answers]
+        A click says nothing of the size of what is meant, the first answer does. answers: of each whole picture, in any order.
+        """
+        out = [list(found) for found in answers]
+        if not self.zoom:
+            return out
+        clicked = [is_clicked(p) for p in asked]
+        at = [(v, k) for v, found in enumerate(out) for k, a in enumerate(found) if clicked[v][a.prompt]]
+        which = [(v, out[v][k].prompt) for v, k in at]
+        for _ in range(LOOKS):
+            boxes = [around(asked[v], i, out[v][k].rle) for (v, k), (_, i) in zip(at, which)]
+            for (v, k), answer in zip(at, self._on_crops(views, asked, which, boxes, spent)):
+                out[v][k] = answer
+        return out
+
+    def _on_crops(
+        self,
+        views: Sequence[View],
+        asked: Sequence[Prompts],
+        which: Sequence[tuple[int, int]],
+        boxes: Sequence[Array],
+        spent: Seconds | None,
+    ) -> Iterator[Answer]:
+        """The answer to each of the prompts `which` (view, row), asked on a crop around its box."""
+        size = self.plan.batch * (self.network.side // self.network.zoom_side) ** 2  # one call has the pixels of a batch of wholes
+        for start in range(0, len(which), size):
+            some = which[start : start + size]
+            crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
+            questions = [on_crop(asked[v], i, crop) for (v, i), crop in zip(some, crops)]
+            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, spent=spent)
+            yield from (answer._replace(prompt=i) for (_, i), (answer,) in zip(some, found))
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""

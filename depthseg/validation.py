@@ -52,6 +52,7 @@ class Validation:
         out: dict[str, float] = {}
         boxes: dict[str, list[dict]] = {}
         for ask, answers in ((Request("box"), box_answers), (Request("point", clicks=CLICKS), click_answers)):
+            segmenter.zoom &= ask.prompt == "box"  # clicks on whole pictures, as in the papers
             found = []
             for asked, answer in answers(self.dataset, truths, segmenter, ask):
                 if isinstance(answer, Failure):

@@ -1,6 +1,6 @@
 """What the network looks at and what it answers: plain values that go from step to step of the segmenter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,10 +9,25 @@ from PIL import Image as PILImage
 
 from depthseg import masks
 from depthseg.plan import Plan
-from depthseg.schema import CORNER_MAX, CORNER_MIN, PROMPT_SIDE, Array, Boxes, Crop, Frame, Image, Masks, Prompts
+from depthseg.schema import (
+    ABSENT,
+    CORNER_MAX,
+    CORNER_MIN,
+    NEGATIVE,
+    POSITIVE,
+    PROMPT_SIDE,
+    Array,
+    Boxes,
+    Crop,
+    Frame,
+    Image,
+    Masks,
+    Prompts,
+)
 
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
 ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
+LOOKS = 2  # at crops around the answer to clicks, after the one at the whole picture: a third adds nothing
 
 
 class Answer(NamedTuple):
@@ -84,16 +99,39 @@ def prompts_of(asked: Boxes | Prompts) -> Prompts:
     return Prompts.of(boxes=asked.xyxy) if isinstance(asked, Boxes) else asked
 
 
-def rows_of(asked: Prompts, index: Array, corner: tuple[int, int]) -> Prompts:
-    """Some of the prompts, in the coordinates of a view that starts at `corner`."""
-    points = asked.points[index] - np.array(corner, np.float32)
-    return Prompts(points, asked.labels[index], None if asked.masks is None else asked.masks[index])
+def rows_of(asked: Prompts, index: Array) -> Prompts:
+    """Some of the prompts."""
+    return Prompts(asked.points[index], asked.labels[index], None if asked.masks is None else asked.masks[index])
 
 
-def box_of(asked: Prompts, row: int) -> Array:
-    """xyxy (4,) of a prompt that has a box."""
-    first = asked.labels[row].tolist().index(CORNER_MIN)
-    return asked.points[row, first : first + 2].reshape(4)
+def on_crop(asked: Prompts, row: int, crop: View) -> Prompts:
+    """One prompt in the coordinates of a piece of its picture, without the clicks that lie elsewhere."""
+    one = rows_of(asked, np.array([row]))
+    points = one.points - np.array(crop.corner, np.float32)
+    h, w = crop.pixels.shape[:2]
+    lost = np.isin(one.labels, (NEGATIVE, POSITIVE)) & ((points < 0) | (points >= (w, h))).any(-1)
+    return replace(one, points=points, labels=np.where(lost, ABSENT, one.labels))
+
+
+def is_boxed(asked: Prompts) -> Array:
+    """Which prompts have a box: bool (P,)."""
+    return (asked.labels == CORNER_MIN).any(1)
+
+
+def is_clicked(asked: Prompts) -> Array:
+    """Which prompts are clicks alone, one of them positive: bool (P,)."""
+    return (asked.labels == POSITIVE).any(1) & ~is_boxed(asked) if asked.masks is None else np.zeros(len(asked), bool)
+
+
+def around(asked: Prompts, row: int, seen: dict | None = None) -> Array:
+    """xyxy (4,) of what a prompt is about: its box, or the mask that answered it (RLE), with its positive clicks."""
+    points, labels = asked.points[row], asked.labels[row]
+    clicks = points[labels == POSITIVE]
+    low, high = points[labels == CORNER_MIN], points[labels == CORNER_MAX]
+    if seen is not None and masks.area([seen])[0]:
+        box = masks.boxes([seen])
+        low, high = box[:, :2], box[:, 2:]
+    return np.concatenate([np.concatenate([low, clicks]).min(0), np.concatenate([high, clicks + 1]).max(0)])
 
 
 def masks_of(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, overlap: str, plan: Plan) -> Masks:

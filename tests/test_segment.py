@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 from PIL import Image as PILImage
 from torch import nn
 
-from depthseg import catalog, edges, masks
-from depthseg.data import Failure, find
+from depthseg import catalog, edges, masks, views
+from depthseg.data import Failure, find, read
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.models.depthseg import DepthSeg
 from depthseg.plan import Plan
-from depthseg.schema import CORNER_MIN, Boxes, Crop, Frame, Image, Prompts, Record
-from depthseg.segment import Segmenter, View
+from depthseg.schema import ABSENT, CORNER_MIN, PADDING, Boxes, Crop, Frame, Image, Prompts, Record
+from depthseg.segment import Segmenter
+from depthseg.views import Answer, View
 
 
 class Bright(nn.Module):
@@ -131,6 +133,59 @@ def test_batched_equals_one_by_one_in_a_real_network(pictures):
         assert a[0].stability == pytest.approx(b[0].stability, abs=0.01)
 
 
+def small(tmp_path) -> Image:
+    """A large dark picture with a bright rectangle of 24 x 16 pixels."""
+    pixels = np.zeros((600, 800, 3), np.uint8)
+    pixels[201:217, 303:327] = 255
+    PILImage.fromarray(pixels).save(tmp_path / "small.png")
+    return find([tmp_path])[0]
+
+
+def clicked(image: Image, prompts: Prompts, **plan) -> tuple[list[Answer], list[tuple]]:
+    network = Bright()
+    segmenter = Segmenter(Plan(**plan), network=network, source=lambda images: [])
+    answers = segmenter.masks_for([views.whole(read(image), None)], [prompts])[0]
+    return answers, network.calls
+
+
+def test_what_is_clicked_is_looked_at_again_from_nearer(tmp_path):
+    image = small(tmp_path)
+    true = np.zeros((600, 800), bool)
+    true[201:217, 303:327] = True
+    prompts = Prompts.of(points=np.array([[[310, 205]], [[320, 210]]]))
+    far, calls = clicked(image, prompts, zoom=False)
+    assert calls == [("encode", 64, 1), ("decode", 2, 3)]
+    near, calls = clicked(image, prompts, zoom=True)
+    assert calls == [("encode", 64, 1), ("decode", 2, 3)] + views.LOOKS * [("encode", 64, 2), ("decode", 2, 3)]
+    ious = [[masks.iou([a.rle], [masks.encode(true)])[0, 0] for a in answers] for answers in (far, near)]
+    assert max(ious[0]) < 0.7 and min(ious[1]) > 0.9
+    assert [a.prompt for a in near] == [0, 1]
+
+
+def test_nothing_is_looked_at_again_without_a_positive_click_or_with_a_mask(tmp_path):
+    image = small(tmp_path)
+    negative = Prompts.of(points=np.array([[[310, 205]]]), signs=np.array([[0]]))
+    assert clicked(image, negative, zoom=True)[1] == [("encode", 64, 1), ("decode", 1, 3)]
+    before = replace(Prompts.of(points=np.array([[[310, 205]]])), masks=np.zeros((1, 1, 16, 16), np.float32))
+    assert clicked(image, before, zoom=True)[1] == [("encode", 64, 1), ("decode", 1, 3)]
+
+
+def test_a_crop_hears_its_own_clicks_alone():
+    prompts = Prompts.of(points=np.array([[[310, 205], [700, 20], [320, 205]]]), signs=np.array([[1, 0, 0]]))
+    view = View(np.zeros((600, 800, 3), np.uint8), None, (600, 800))
+    box = views.around(prompts, 0, masks.encode(np.zeros((600, 800), bool)))
+    assert box.tolist() == [310, 205, 311, 206]  # an empty mask says nothing
+    seen = np.zeros((600, 800), bool)
+    seen[200:220, 300:305] = True
+    assert views.around(prompts, 0, masks.encode(seen)).tolist() == [300, 200, 311, 220]
+    crop = view.crop(views.around(prompts, 0, masks.encode(seen)))
+    one = views.on_crop(prompts, 0, crop)
+    assert crop.corner == (285, 190) and one.labels[0].tolist() == [1, ABSENT, 0, PADDING]
+    assert one.points[0, 0].tolist() == [25, 15]
+    boxed = Prompts.of(boxes=[[10, 10, 20, 20]], points=np.array([[[40, 15]]]))
+    assert views.around(boxed, 0).tolist() == [10, 10, 41, 20]  # a click beside the box is part of what is meant
+
+
 def test_what_is_wrong_with_one_image_ends_that_image_only(pictures):
     (pictures / "aa.png").write_bytes(b"not a picture")
     images = find([pictures])
@@ -173,14 +228,14 @@ def test_zoom_pastes_at_the_right_place_and_skips_the_whole_image(tmp_path):
     assert iou[True] > 0.85 and iou[True] > iou[False] + 0.05 > 0.5, iou
 
 
-def test_zoom_leaves_points_to_the_whole_image(pictures):
+def test_boxes_and_clicks_with_zoom(pictures):
     network = Bright()
     network.zoom_side = 32
     mixed = {"a.png": Prompts.of(boxes=[[16, 12, 48, 24], [16, 12, 32, 24]]), "b.jpg": Prompts.of(points=[[[20, 20]]])}
     source = lambda images: [mixed.get(image.key, Prompts.of(boxes=np.zeros((0, 4)))) for image in images]  # noqa: E731
     a, b, c = run(Segmenter(Plan(zoom=True), network=network, source=source), find([pictures]))
     assert [len(r.masks) for r in (a, b, c)] == [2, 1, 0]
-    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)]
+    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2), (32, 1), (32, 1)]
     assert masks.iou(b.masks.rle, [truth(b.image)])[0, 0] > 0.8
 
 
