@@ -254,7 +254,7 @@ class Segmenter:
     ) -> list[list[Answer]]:
         """The answers to the prompts of each whole picture, in the order of the prompts.
 
-        With `zoom`, prompts with a box are asked on a crop around it instead, clicks on crops around their answers, too, unless strict.
+        With `zoom`, prompts with a box are asked on a crop around it instead, clicks on crops around their answers, too.
         strict: as in `decode`. spent: seconds by stage are added here.
         """
         spent = defaultdict(float) if spent is None else spent
@@ -265,32 +265,36 @@ class Segmenter:
             some = wholes[start : start + self.plan.batch]
             encoded = self.encode([views[v] for v, _ in some], self.network.side, spent)
             questions = [rows_of(asked[v], rows) for v, rows in some]
-            for (v, rows), found in zip(some, self.decode(encoded, questions, strict, spent)):
+            for (v, rows), found in zip(some, self.decode(encoded, questions, strict and not self.zoom, spent)):
                 answers[v] |= {int(rows[a.prompt]): a._replace(prompt=int(rows[a.prompt])) for a in found}
         boxed = [(v, int(i)) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]
-        for (v, i), answer in zip(boxed, self._on_crops(views, asked, boxed, [around(asked[v], i) for v, i in boxed], spent)):
-            answers[v][i] = answer
-        ordered = [[found[i] for i in sorted(found)] for found in answers]
-        return ordered if strict else self.closer(views, asked, ordered, spent)
+        for (v, i), found in zip(boxed, self._on_crops(views, asked, boxed, [around(asked[v], i) for v, i in boxed], strict, spent)):
+            answers[v] |= {a.prompt: a for a in found}
+        return self.closer(views, asked, [[found[i] for i in sorted(found)] for found in answers], strict, spent)
 
     def closer(
-        self, views: Sequence[View], asked: Sequence[Prompts], answers: Sequence[list[Answer]], spent: Seconds | None = None
+        self,
+        views: Sequence[View],
+        asked: Sequence[Prompts],
+        answers: Sequence[list[Answer]],
+        strict: bool = False,
+        spent: Seconds | None = None,
     ) -> list[list[Answer]]:
         """With `zoom`, answers to clicks alone after `LOOKS` looks at crops around them; all others as they are.
 
-        A click says nothing of the size of what is meant, the first answer does. answers: of each whole picture, in any order.
+        A click says nothing of the size of what is meant, the first answer does. answers: to all prompts of each whole picture, in their
+        order. strict: as in `decode`, for the last look.
         """
-        out = [list(found) for found in answers]
         if not self.zoom:
-            return out
-        clicked = [is_clicked(p) for p in asked]
-        at = [(v, k) for v, found in enumerate(out) for k, a in enumerate(found) if clicked[v][a.prompt]]
-        which = [(v, out[v][k].prompt) for v, k in at]
-        for _ in range(LOOKS):
-            boxes = [around(asked[v], i, out[v][k].rle) for (v, k), (_, i) in zip(at, which)]
-            for (v, k), answer in zip(at, self._on_crops(views, asked, which, boxes, spent)):
-                out[v][k] = answer
-        return out
+            return list(answers)
+        seen = [{a.prompt: a for a in found} for found in answers]
+        clicked = [(v, int(i)) for v, prompts in enumerate(asked) for i in np.flatnonzero(is_clicked(prompts))]
+        for look in range(LOOKS):
+            boxes = [around(asked[v], i, seen[v][i].rle) for v, i in clicked]
+            for (v, i), found in zip(clicked, self._on_crops(views, asked, clicked, boxes, strict and look == LOOKS - 1, spent)):
+                del seen[v][i]
+                seen[v] |= {a.prompt: a for a in found}
+        return [[found[i] for i in sorted(found)] for found in seen]
 
     def _on_crops(
         self,
@@ -298,16 +302,17 @@ class Segmenter:
         asked: Sequence[Prompts],
         which: Sequence[tuple[int, int]],
         boxes: Sequence[Array],
+        strict: bool,
         spent: Seconds | None,
-    ) -> Iterator[Answer]:
-        """The answer to each of the prompts `which` (view, row), asked on a crop around its box."""
+    ) -> Iterator[list[Answer]]:
+        """The answer to each of the prompts `which` (view, row), asked on a crop around its box; none where `strict` drops it."""
         size = self.plan.batch * (self.network.side // self.network.zoom_side) ** 2  # one call has the pixels of a batch of wholes
         for start in range(0, len(which), size):
             some = which[start : start + size]
             crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
             questions = [on_crop(asked[v], i, crop) for (v, i), crop in zip(some, crops)]
-            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, spent=spent)
-            yield from (answer._replace(prompt=i) for (_, i), (answer,) in zip(some, found))
+            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent)
+            yield from ([a._replace(prompt=i) for a in those] for (_, i), those in zip(some, found))
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""

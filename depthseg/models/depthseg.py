@@ -39,7 +39,7 @@ class DepthSeg(SamHead):
         self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box
         self.mask_stride = v.side // 256  # input pixels to one cell of the low-resolution masks
         self.single_mask_for = "unambiguous" if v.skips else "never"
-        self.grid_limits = (0.4, 0.4) if v.skips else (0.7, 0.85)  # nano is seldom sure of a mask from one click
+        self.grid_limits = (0.4, 0.6) if v.skips else (0.7, 0.85)  # nano is seldom sure of a mask from one click
         self.specks = 0.05 if v.skips else 0.0
         self.image_encoder = ImageEncoder(variant)
         self.depth_encoder = ImageEncoder(variant) if depth else None
