@@ -268,7 +268,8 @@ class Segmenter:
             for (v, rows), found in zip(some, self.decode(encoded, questions, strict and not self.zoom, spent)):
                 answers[v] |= {int(rows[a.prompt]): a._replace(prompt=int(rows[a.prompt])) for a in found}
         boxed = [(v, int(i)) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]
-        for (v, i), found in zip(boxed, self._on_crops(views, asked, boxed, [around(asked[v], i) for v, i in boxed], strict, spent)):
+        boxes = [around(asked[v], i) for v, i in boxed]
+        for (v, _), found in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent)):
             answers[v] |= {a.prompt: a for a in found}
         return self.closer(views, asked, [[found[i] for i in sorted(found)] for found in answers], strict, spent)
 
