@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ def ready(network: nn.Module, backend: str = "torch", precision: str = "fp32", d
         cpu = torch.device(device).type == "cpu"
         return torch.compile(network, options={"freezing": True} if cpu else None)  # type: ignore[return-value]
     return network
+
+
+def ready_for_any_number(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """SamHead.answer compiled for any number of prompts, once for each number of points: (P, ...) flat, of whatever images.
+
+    For cards alone, where it saves launches. On a CPU the cells that prompts of an image share are worth more: there it took 0.9 (nano)
+    and 1.4 times (L0) as long.
+    """
+    compiled = torch.compile(answer, dynamic=True)
+
+    def call(cells: Tensor, counts: list[int], *rest: Any) -> Any:
+        each = torch.repeat_interleave(cells, torch.tensor(counts, device=cells.device), 0, output_size=sum(counts))
+        return compiled(each, None, *rest)
+
+    return call
 
 
 def folded(network: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from depthseg.detect.choose import Source, detector
 from depthseg.errors import DepthsegError
 from depthseg.formats import LONG_SIDE
 from depthseg.models.mirrored import Mirrored
+from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.schema import (
@@ -457,6 +458,8 @@ def prepared(network: Any, plan: Plan, precision: str, device: torch.device) -> 
     """The network with encoders that compute as the plan says, for inference alone; those that the plan does not ask stay as they are."""
     for encoder in ("image_encoder", "depth_encoder")[: 1 if network.alpha is None or plan.depth == "none" else 2]:
         setattr(network, encoder, backends.ready(getattr(network, encoder), plan.backend, precision, device))
+    if plan.backend == "compile" and device.type == "cuda" and isinstance(network, SamHead):
+        network.answer = backends.ready_for_any_number(network.answer)  # type: ignore[method-assign]
     return network
 
 

@@ -9,14 +9,17 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from depthseg import backends, catalog
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
+from depthseg.models.depthseg import DepthSeg
 from depthseg.models.efficientvit import ImageEncoder
 from depthseg.numerics import inference
 from depthseg.plan import BACKENDS, Plan
+from depthseg.schema import ABSENT
 from depthseg.segment import Segmenter
 
 CPU = torch.device("cpu")
@@ -112,6 +115,25 @@ def test_compile_answers_as_torch():
     for shape in ((1, 3, 96, 96), (3, 3, 96, 96)):
         x = torch.randn(*shape)
         assert apart(outputs(network, x), outputs(plain, x)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("model", ["nano", "l0"])
+def test_a_compiled_head_answers_any_number_of_prompts(model):
+    torch.manual_seed(0)
+    plain = random(DepthSeg(model, depth=False)).requires_grad_(False)
+    network = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    network.answer = backends.ready_for_any_number(network.answer)
+    with inference(CPU, "fp32"):
+        features = plain.encode(torch.randn(2, 3, 128, 128))
+        for owner in ([0, 0, 0, 0, 1], [0, 1], [1, 1, 1], [0, 0, 0, 1, 1, 1, 1]):
+            points, labels = 1024 * torch.rand(len(owner), 3, 2), torch.tensor([[1, 0, ABSENT]]).repeat(len(owner), 1)
+            asked = torch.tensor(owner), points, labels, None, True, True
+            assert apart(network.decode(features, *asked), plain.decode(features, *asked)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ kernels and their rounding, streams, several cards, and the backward pass, which
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -88,6 +90,21 @@ def computed(func, args, kwargs):
         return tree_map_only(torch.Tensor, lambda t: same[id(t)] if id(t) in same else OnCard(t), out)
 
 
+class Stream:
+    """Writes down who waits for whom."""
+
+    told: ClassVar[list[tuple]] = []
+
+    def __init__(self, device=CARD):
+        assert device == CARD
+
+    def wait_stream(self, other):
+        self.told.append((self, "waits", other))
+
+
+MAIN = Stream()
+
+
 @pytest.fixture
 def card(monkeypatch) -> Iterator[None]:
     """A card that is there on paper: torch finds it, and its tensors can be made, saved and loaded."""
@@ -102,6 +119,10 @@ def card(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "save", lambda state, file: saved(_moved(state, CPU), file))
     monkeypatch.setattr(torch, "load", lambda file, map_location, **how: _moved(loaded(file, map_location="cpu", **how), map_location))
     monkeypatch.setattr(checkpoint, "serialised", lambda state, about: serialised(_moved(state, CPU), about))
+    for name, value in {"Stream": Stream, "current_stream": lambda *_: MAIN, "stream": lambda one: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: Stream.told.append(("keeps", stream)))
+    Stream.told.clear()
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), Card():
         yield
@@ -166,6 +187,9 @@ def test_segmenting_on_a_card_answers_as_the_cpu(model, precision, options, card
     expected, found = answers(model, "cpu", **options), answers(model, "cuda", precision, **options)
     assert len(expected) == len(found) == 4 and masks.area(expected).min() > 100
     assert np.diag(masks.iou(expected, found)).min() > (0.999 if precision == "fp32" else 0.9)
+    if model.endswith("-depth"):
+        side = Stream.told[0][0]
+        assert Stream.told[:3] == [(side, "waits", MAIN), (MAIN, "waits", side), ("keeps", side)] and Stream.told[3] == ("keeps", MAIN)
     assert on_card == ([] if model == "efficient-sam-ti" else [True] * 2)  # it has a frame of its own
 
 

@@ -48,12 +48,15 @@ class DepthSeg(SamHead):
 
     def encode(self, rgb: Tensor, depth: Tensor | None = None) -> Features:
         """(B, 3, S, S) normalised picture and depth (one channel replicated) -> features. depth=None is the RGB model."""
-        features = self.image_encoder(rgb)
         if depth is None:
-            return features
-        if self.depth_encoder is None:
+            return self.image_encoder(rgb)
+        if self.depth_encoder is None or self.alpha is None:
             raise ValueError("this network has no depth branch")
-        return tuple(f + self.alpha * d for f, d in zip(features, self.depth_encoder(depth), strict=True))
+        if rgb.is_cuda and not torch.is_grad_enabled():
+            features, deep = _side_by_side(self.image_encoder, rgb, self.depth_encoder, depth)
+        else:
+            features, deep = self.image_encoder(rgb), self.depth_encoder(depth)
+        return tuple(f + self.alpha * d for f, d in zip(features, deep, strict=True))
 
     def decode(
         self,
@@ -71,6 +74,19 @@ class DepthSeg(SamHead):
         """
         logits, iou, _ = self(features, owner, points, labels, masks, range(1, 4) if multimask else range(1), best=best)
         return logits, iou
+
+
+def _side_by_side(first: nn.Module, x: Tensor, second: nn.Module, y: Tensor) -> tuple[Features, Features]:
+    """What two networks give on a card, the second on a stream of its own: small batches leave room for both."""
+    main, side = torch.cuda.current_stream(y.device), torch.cuda.Stream(y.device)
+    side.wait_stream(main)  # until y is there
+    with torch.cuda.stream(side):
+        theirs = second(y)
+    ours = first(x)
+    main.wait_stream(side)
+    for t in (y, *theirs):  # the allocator knows one stream for each: it must not give their memory away while the other needs it
+        t.record_stream(side if t is y else main)
+    return ours, theirs
 
 
 def build(variant: str, depth: bool) -> DepthSeg:

@@ -260,16 +260,17 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(
-        self, image: Tensor, counts: list[int], image_code: Tensor, tokens: Tensor, seen: Tensor | None
+        self, image: Tensor, counts: list[int] | None, image_code: Tensor, tokens: Tensor, seen: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Tokens and cells (P, h*w, dim) after each block.
 
-        image (G, h*w, dim), each for `counts` of the prompts, in their order; image_code (h*w, dim), tokens (P, T, dim).
+        image (G, h*w, dim), each for `counts` of the prompts, in their order, or None for one each; image_code (h*w, dim); tokens
+        (P, T, dim).
         """
         t, out, last = tokens, [], self.final_attn_token_to_image
         fold = not torch.is_grad_enabled() and last.folds(tokens.shape[1])
         shared = counts if fold and len(tokens) >= SHARED * len(image) else None
-        if not shared and len(image) < len(tokens):
+        if counts and not shared and len(image) < len(tokens):
             image = spread(image, counts)
         for layer in self.layers:
             t, image = layer(t, image, tokens, image_code, seen, fold, shared)
@@ -312,7 +313,7 @@ class MaskDecoder(nn.Module):
         x = act(up2(x) + stride2)
         return x + F.gelu(self.refine(x))
 
-    def kernels(self, tokens: Tensor, which: range) -> Tensor:
+    def kernels(self, tokens: Tensor, which: tuple[int, ...]) -> Tensor:
         """What makes masks of upscaled features, (P, len(which), dim / 8), of the chosen mask tokens."""
         return torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in which], 1)
 
@@ -376,38 +377,52 @@ class SamHead(nn.Module):
         prompt, decoder = self.prompt_encoder, self.mask_decoder
         embedding = features[0]
         size = (embedding.shape[-2], embedding.shape[-1])
-        sparse = prompt.tokens(points, labels)
-        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(points), -1, -1)
-        tokens = torch.cat([fixed, sparse], 1)
-        seen = None
-        if bool((labels == ABSENT).any()):
-            seen = F.pad(labels != ABSENT, (fixed.shape[1], 0), value=True)[:, None, None]
         added = prompt.embed(points, labels, masks, size)
         if len(added) == len(owner):
-            source, counts = embedding[owner] + added, [1] * len(owner)
+            cells, counts = embedding[owner] + added, [1] * len(owner)
         else:  # the same for all prompts of an image
             images, run = owner.unique_consecutive(return_counts=True)
-            source, counts = embedding[images] + added, run.tolist()
-        image_code = prompt.pe_layer.grid(size)
-        steps = decoder.transformer(source.flatten(2).transpose(1, 2), counts, image_code, tokens, seen)
-        t = steps[-1][0]
-        iou = decoder.iou_prediction_head(t[:, 0])[:, which.start : which.stop]
-        top = iou.argmax(1, keepdim=True) if best else None
+            cells, counts = embedding[images] + added, run.tolist()
         finer = None
-        if decoder.skips:
-            # projected once per image, then handed to each prompt
-            finer = (
-                decoder.skip4(features[1])[owner],
-                decoder.skip2(features[2])[owner],
-                prompt_maps(points / PROMPT_SIDE, labels, 2 * size[0]),
-            )
+        if decoder.skips:  # projected once per image, then handed to each prompt
+            finer = decoder.skip4(features[1])[owner], decoder.skip2(features[2])[owner]
+        ragged = bool((labels == ABSENT).any())
+        return self.answer(cells, counts, finer, points, labels, ragged, tuple(which), intermediate, best)
+
+    def answer(
+        self,
+        cells: Tensor,
+        counts: list[int] | None,
+        finer: tuple[Tensor, Tensor] | None,
+        points: Tensor,
+        labels: Tensor,
+        ragged: bool,
+        which: tuple[int, ...],
+        intermediate: bool,
+        best: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The second half of `forward`, for cells (G, dim, s, s), each of `counts` of the prompts; None: of one each.
+
+        finer: encoder features at stride 4 and 2 of each prompt. ragged: whether some labels are ABSENT.
+        """
+        prompt, decoder = self.prompt_encoder, self.mask_decoder
+        size = (cells.shape[-2], cells.shape[-1])
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(points), -1, -1)
+        tokens = torch.cat([fixed, prompt.tokens(points, labels)], 1)
+        seen = F.pad(labels != ABSENT, (fixed.shape[1], 0), value=True)[:, None, None] if ragged else None
+        image_code = prompt.pe_layer.grid(size)
+        steps = decoder.transformer(cells.flatten(2).transpose(1, 2), counts, image_code, tokens, seen)
+        t = steps[-1][0]
+        iou = decoder.iou_prediction_head(t[:, 0])[:, which[0] : which[-1] + 1]
+        top = iou.argmax(1, keepdim=True) if best else None
+        detail = None if finer is None else (*finer, prompt_maps(points / PROMPT_SIDE, labels, 2 * size[0]))
         answers = []
         for t, image in steps if intermediate else steps[-1:]:
             kernels = decoder.kernels(t, which)
             if top is not None:
-                kernels = kernels.take_along_dim(top[..., None], 1)
-            if finer is None and not torch.is_grad_enabled():
+                kernels = kernels.gather(1, top[..., None].expand(-1, -1, kernels.shape[-1]))
+            if detail is None and not torch.is_grad_enabled():
                 answers.append(decoder.masks_of_cells(kernels, image, size))
             else:
-                answers.append(decoder.masks(kernels, decoder.upscale(image.transpose(1, 2).unflatten(-1, size), finer)))
+                answers.append(decoder.masks(kernels, decoder.upscale(image.transpose(1, 2).unflatten(-1, size), detail)))
         return answers[-1], iou if top is None else iou.gather(1, top), answers[0] if intermediate else None
