@@ -58,16 +58,23 @@ def note(backend: str, precision: str, device: torch.device) -> str | None:
     return f"precision: this CPU has no instructions for {precision}; {how}"
 
 
-def ready(network: nn.Module, backend: str = "torch", precision: str = "fp32", device: torch.device | str = "cpu") -> nn.Module:
+def ready(
+    network: nn.Module,
+    backend: str = "torch",
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+    size: tuple[int, int] = (96, 96),
+) -> nn.Module:
     """The network, which takes one tensor (B, 3, H, W) and is in eval mode, made fast for inference; it is called as before.
 
     The network that is given is used up. Its kernels take the precision (a key of PRECISIONS); it is called inside
-    `numerics.inference` with the same one. Raises DepthsegError where the backend cannot run.
+    `numerics.inference` with the same one. size: (H, W) that the network takes; what fits all where it takes any.
+    Raises DepthsegError where the backend cannot run.
     """
     check(backend, torch.device(device))
     network = folded(network.requires_grad_(False)).to(device).to(memory_format=torch.channels_last)
     if backend == "openvino":
-        return OpenVino(network, precision)
+        return OpenVino(network, precision, size)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):  # autocast would do it again at each call; norms stay in fp32
             module.to(PRECISIONS[precision])
@@ -103,14 +110,17 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 class OpenVino(nn.Module):
-    """A network of one tensor, compiled for the CPU. Model and machine code stay in the user's cache, by weights and version."""
+    """A network of one tensor, compiled for the CPU. Model and machine code stay in the user's cache, by weights and version.
 
-    def __init__(self, network: nn.Module, precision: str):
+    It is traced once, at `size`. It answers at other sizes too where the network does, and its code makes no plain numbers of sizes.
+    """
+
+    def __init__(self, network: nn.Module, precision: str, size: tuple[int, int]):
         super().__init__()
         import openvino
 
-        example = torch.zeros(1, 3, 96, 96)  # any size that all networks take: sizes stay open
-        folder = catalog.cache() / "openvino" / _digest(network, openvino.__version__)
+        example = torch.zeros(1, 3, *size)
+        folder = catalog.cache() / "openvino" / _digest(network, size, openvino.__version__)
         try:
             if not (folder / "model.xml").is_file():
                 _convert(network, example, folder)
@@ -130,7 +140,7 @@ class OpenVino(nn.Module):
         except OSError as e:
             raise DepthsegError(f"OpenVINO's cache {folder} cannot be written ({e.strerror})", "Set DEPTHSEG_WEIGHTS to a folder.") from e
         with torch.inference_mode():
-            self._many = isinstance(network(example), tuple)
+            self._many = isinstance(network(example), tuple | list)
 
     def forward(self, x: Tensor) -> Any:
         found = self._run(np.ascontiguousarray(x.numpy()))
@@ -138,9 +148,9 @@ class OpenVino(nn.Module):
         return out if self._many else out[0]
 
 
-def _digest(network: nn.Module, version: str) -> str:
-    """Names what an OpenVINO of this version makes of the network."""
-    out = hashlib.blake2b(f"{type(network).__qualname__} {version} {__version__}".encode(), digest_size=12)
+def _digest(network: nn.Module, size: tuple[int, int], version: str) -> str:
+    """Names what an OpenVINO of this version makes of the network: of its layers, as they are printed, and weights."""
+    out = hashlib.blake2b(f"{network} {size} {version} {__version__}".encode(), digest_size=12)
     for name, value in network.state_dict().items():
         out.update(f" {name} {tuple(value.shape)} ".encode())
         out.update(value.contiguous().flatten().numpy())

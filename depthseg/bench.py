@@ -154,7 +154,7 @@ def network_for(plan: Plan, pull: bool, progress: Callable[[int, int], None] | N
     return in_things(catalog.resolve(entry)(**entry.args).eval().requires_grad_(False)), True
 
 
-def random_depth(name: str, folder: Path, device: Any, precision: str, side: int | None = None) -> Depth:
+def random_depth(name: str, folder: Path, device: Any, precision: str, backend: str = "torch", side: int | None = None) -> Depth:
     """Depth Anything Small with random weights, which are laid into `folder`. Raises DepthsegError for another estimator."""
     entry = catalog.row(catalog.DEPTHS, name, "depth estimator")
     if not name.endswith("-small") or not entry.hub:
@@ -162,7 +162,7 @@ def random_depth(name: str, folder: Path, device: Any, precision: str, side: int
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
     DepthAnythingForDepthEstimation(DepthAnythingConfig()).save_pretrained(folder)  # the defaults are Small
-    estimator = DepthAnything(folder, device, precision)
+    estimator = DepthAnything(folder, device, precision, backend)
     estimator.side = side
     return estimator
 

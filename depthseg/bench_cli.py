@@ -186,7 +186,8 @@ def _cases(
         if network.alpha is not None and plan.depth != "none":
             if plan.depth in catalog.DEPTHS and not pull and (row := catalog.DEPTHS[plan.depth]).hub and not weights.find(row):
                 say(f"the weights of {plan.depth} are not on this machine: random ones")
-                chosen = plan.depth, bench.random_depth(plan.depth, Path(scratch, "depth"), where, precision, plan.depth_side)
+                made = bench.random_depth(plan.depth, Path(scratch, "depth"), where, precision, plan.backend, plan.depth_side)
+                chosen = plan.depth, made
             else:
                 ready = depth.depth_estimator(plan.depth, where, precision, pull, plan.backend, plan.depth_side)
                 chosen = ready.name, ready.estimator.depth if isinstance(ready.estimator, depth.Cached) else ready.estimator

@@ -24,7 +24,7 @@ from depthseg import catalog, weights
 from depthseg.data import Failure, Unreadable, alike, not_written, read, read_ahead, upright_size
 from depthseg.errors import DepthsegError
 from depthseg.formats import atomic
-from depthseg.pretrained import load
+from depthseg.pretrained import load, of_tensors
 from depthseg.schema import Array, Depth, Frame, Image
 
 SPIKES = 0.001  # share of the pixels that is clipped at either end
@@ -73,6 +73,8 @@ class DepthAnything:
     """DepthAnything V1 or V2 through transformers, from a folder or from the Hugging Face cache; never from the network.
 
     Images of equal size go through the network together, at most `batch` of them. A metric variant is inverted.
+    OpenVINO answers as torch but where the input is one row or column of patches, about 50 times as long as wide: it scales the
+    position embedding otherwise then.
     """
 
     SIDE = 518  # pixels of the shorter side, as trained
@@ -91,20 +93,23 @@ class DepthAnything:
 
         from depthseg import backends
 
-        class Map(torch.nn.Module):
-            """The network without all but its map (B, h', w')."""
+        class Head(torch.nn.Module):
+            """The network's head; traced, transformers' own would keep the size of the first map, of which it makes plain numbers."""
 
             def __init__(self) -> None:
                 super().__init__()
-                self.network = network
+                self.of = network.head
 
-            def forward(self, x: Any) -> Any:
-                return self.network(x).predicted_depth
+            def forward(self, features: Any, rows: Any, columns: Any) -> Any:
+                of = self.of
+                size = rows * of.patch_size, columns * of.patch_size
+                x = torch.nn.functional.interpolate(of.conv1(features[of.head_in_index]), size, mode="bilinear", align_corners=True)
+                return (of.activation2(of.conv3(of.activation1(of.conv2(x)))) * of.max_depth).squeeze(1)
 
+        network.head = Head()
         self.device, self.precision, self.batch = torch.device(device), precision, batch
         self._metric = network.config.depth_estimation_type == "metric"
-        # OpenVINO would keep the size of the first picture, as transformers' code fixes it while it is traced: torch runs it then
-        self._network = backends.ready(Map().eval(), "torch" if backend == "openvino" else backend, precision, self.device)
+        self._network = backends.ready(of_tensors(network, "predicted_depth"), backend, precision, self.device)
 
     def __call__(self, images: list[Image]) -> list[Array]:
         return alike(images, lambda image: self._size(*image.size), self._of_one_size)

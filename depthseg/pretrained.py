@@ -36,4 +36,24 @@ def load(build: str, folder: Path, types: Sequence[str], role: str) -> Any:
         raise DepthsegError(f"{folder} cannot be loaded ({str(e).strip()[:120]})", _DAMAGED) from e
     if info["missing_keys"]:
         raise DepthsegError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}", _DAMAGED)
+    network.config._name_or_path = ""  # two folders with the same files hold the same network
     return network.eval()
+
+
+def of_tensors(network: Any, *names: str) -> Any:
+    """The network as a module that takes one tensor (B, 3, H, W) and gives these fields of its answer: one, or a tuple of them."""
+    import torch
+
+    class Fields(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Any) -> Any:
+            answer = self.network(x)
+            return tuple(answer[name] for name in names) if len(names) > 1 else answer[names[0]]
+
+        def extra_repr(self) -> str:  # the layers alone do not say all that is computed
+            return network.config.to_json_string()
+
+    return Fields().eval()

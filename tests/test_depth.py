@@ -1,6 +1,7 @@
 """The normalisation, DepthAnything with a tiny random network, maps from a folder, our own network, and the cache."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -167,11 +168,36 @@ def test_input_sizes(anything, size, expected):
     assert DepthAnything._size(DepthAnything, *size) == expected
 
 
-def test_openvino_leaves_pictures_of_any_size_to_torch(anything, small):
+def test_openvino_computes_depth_anything_at_any_size_by_one_model(anything, small, weights_cache):
     pytest.importorskip("openvino")
-    plain, other = (DepthAnything(anything / "relative", "cpu", "fp32", backend) for backend in ("torch", "openvino"))
-    for h, w in ((56, 84), (84, 56)):
-        assert np.array_equal(plain([image(h=h, w=w)])[0], other([image(h=h, w=w)])[0])
+    from transformers import DepthAnythingForDepthEstimation
+
+    theirs = DepthAnythingForDepthEstimation.from_pretrained(anything / "relative").eval()
+    plain, other = (DepthAnything(anything / "relative", "cpu", "fp32", backend)._network for backend in ("torch", "openvino"))
+    with torch.inference_mode():
+        for shape in ((1, 56, 84), (2, 84, 56), (2, 70, 98), (1, 28, 112), (1, 126, 126)):  # odd numbers of patches too
+            x = torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(0))
+            expected = theirs(x).predicted_depth
+            assert expected.std() > 0.01
+            for y in (plain(x), other(x)):
+                assert y.shape == expected.shape == shape and (y - expected).norm() < 1e-5 * expected.norm()
+    assert len(list((weights_cache / "openvino").iterdir())) == 1
+
+
+def test_openvino_tells_networks_of_equal_weights_apart(anything, small, weights_cache, tmp_path):
+    """A relative and a metric network differ in their config alone, and so do two depths of one; another folder changes nothing."""
+    pytest.importorskip("openvino")
+    far, moved = (shutil.copytree(anything / like, tmp_path / like) for like in ("metric", "relative"))
+    config = json.loads((far / "config.json").read_text())
+    (far / "config.json").write_text(json.dumps({**config, "max_depth": 80}))
+    x = torch.randn(1, 3, 56, 84)
+    with torch.inference_mode():
+        relative, metric, further, again = (
+            DepthAnything(folder, "cpu", "fp32", "openvino")._network(x)
+            for folder in (anything / "relative", anything / "metric", far, moved)
+        )
+    assert not torch.equal(relative, metric) and torch.allclose(further, 4 * metric) and torch.equal(relative, again)
+    assert len(list((weights_cache / "openvino").iterdir())) == 3
 
 
 def test_a_metric_variant_is_inverted(anything, small):

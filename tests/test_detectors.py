@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
 
-from depthseg import cli
+from depthseg import backends, catalog, cli
 from depthseg.data import find, read
 from depthseg.detect import BoxesFile, classes
+from depthseg.detect.choose import detector as choose_detector
 from depthseg.detect.classes import COCO, COCO_NAMES, choose, lvis, table, vocabulary, words
 from depthseg.detect.grounding import GroundingDino, _input, _size
 from depthseg.detect.hub import HubDetector
@@ -19,6 +21,7 @@ from depthseg.detect.vitdet import ViTDet
 from depthseg.errors import MISSING_PIECE, SOME_FAILED, USAGE, DepthsegError
 from depthseg.models.vitdet import Variant
 from depthseg.models.vitdet import ViTDet as Network
+from depthseg.plan import READER, Plan
 from depthseg.schema import Image
 
 
@@ -43,6 +46,14 @@ def agree(detector, images=IMAGES) -> None:
         assert (a.xyxy >= 0).all() and (a.xyxy[:, 2] <= w).all() and (a.xyxy[:, 3] <= h).all() and (np.diff(a.score) <= 0).all()
         assert set(a.names) == set(a.label.tolist())
     assert any(len(found) for found in together)
+
+
+def needs(backend: str) -> None:
+    """Skip the test where the backend cannot run."""
+    try:
+        backends.check(backend, torch.device("cpu"))
+    except DepthsegError as error:
+        pytest.skip(error.message)
 
 
 # ---- class names ----
@@ -94,6 +105,9 @@ def detr(request, tmp_path_factory):
         feat_strides=[8, 16, 32], id2label=names, label2id={v: k for k, v in names.items()},
     )  # fmt: skip
     network = getattr(transformers, f"{request.param}ForObjectDetection")(config)
+    for p in network.parameters():  # as it starts, all queries are nearly equal, and which are the best is chance
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
     folder = tmp_path_factory.mktemp(request.param)
     network.save_pretrained(folder)
     transformers.RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -114,6 +128,36 @@ def test_a_detr_limited_to_classes(detr):
     with pytest.raises(DepthsegError, match="knows no class 'zebr'") as error:
         HubDetector(detr, classes=["zebr"])
     assert "zebra" in error.value.hint
+
+
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_detr_by_another_backend_answers_as_torch(detr, backend):
+    """Every query has its counterpart: which comes first may differ where two score alike."""
+    needs(backend)
+    plain, other = (HubDetector(detr, confidence=0.0, max_boxes=10, backend=b) for b in ("torch", backend))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        one, two = (torch.cat(detector._network(x), -1) for detector in (plain, other))  # (2, 20, 80 + 4)
+    assert one.shape == two.shape == (2, 20, 84)
+    between = (one[:, :, None] - one[:, None]).abs().amax(-1) + 9 * torch.eye(20)
+    assert between.min() > 2e-3  # or the next assertion would hold for a single query, found twenty times
+    apart = (one[:, :, None] - two[:, None]).abs().amax(-1)
+    assert apart.amin(1).max() < 5e-4 and apart.amin(2).max() < 5e-4
+    for a, b in zip(plain(IMAGES), other(IMAGES), strict=True):
+        assert len(a) == len(b) == 10 and np.abs(a.score - b.score).max() < 1e-4
+    agree(other)
+
+
+def test_a_detr_by_torch_is_what_transformers_gives(detr):
+    import transformers
+
+    network = transformers.AutoModelForObjectDetection.from_pretrained(detr).eval()
+    processor = transformers.RTDetrImageProcessorPil.from_pretrained(detr)
+    x = processor(images=[PILImage.fromarray(i.pixels) for i in IMAGES], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        theirs = network(x)
+        ours = HubDetector(detr)._network(x)
+    assert torch.equal(theirs.logits, ours[0]) and torch.equal(theirs.pred_boxes, ours[1])
 
 
 def test_folders_that_are_no_such_model(detr, tmp_path):
@@ -392,3 +436,52 @@ def test_vitdet_in_a_batch_equals_one_by_one(vitdet):
     assert set(some.label.tolist()) == {kept}
     with pytest.raises(DepthsegError, match="does not fit this ViTDet"):
         ViTDet(path, data="lvis", **arguments)
+
+
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cascade", [True, False])
+def test_vitdets_backbone_by_another_backend_answers_as_torch(cascade, backend, tmp_path):
+    from depthseg.models import checkpoint
+
+    needs(backend)
+    torch.manual_seed(0)
+    size = {"variant": Variant(32, 2, 2, (1,)), "side": 64, "window": 3}
+    network = Network(size["variant"], 80, cascade, side=64, window=3)
+    for name, p in network.backbone.named_parameters():
+        if "pos" in name:  # which start at 0
+            torch.nn.init.normal_(p)
+    checkpoint.save(network, tmp_path / "w.safetensors", {})
+    plain, other = (
+        ViTDet(tmp_path / "w.safetensors", confidence=0.0, max_boxes=20, backend=b, cascade=cascade, **size) for b in ("torch", backend)
+    )
+    x = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        for a, b in zip(plain._network.backbone(x), other._network.backbone(x), strict=True):
+            assert (a - b).norm() < 1e-5 * a.norm()
+    agree(other)
+    for one, two in zip(plain(IMAGES), other(IMAGES), strict=True):
+        assert np.abs(one.score - two.score).max(initial=0) < 1e-4
+
+
+# ---- the backend ----
+
+
+def test_a_run_says_which_detector_the_backend_does_not_compute(detr, reader, vitdet, monkeypatch):
+    needs("openvino")
+    path, size = vitdet
+    monkeypatch.setitem(catalog.DETECTORS, "vitdet", replace(catalog.DETECTORS["vitdet"], args=size))
+    plans = {
+        "nano": Plan(detector="nano"),
+        "grid": Plan(detector="grid"),
+        "dfine-nano": Plan(detector="dfine-nano", detector_weights=str(detr)),
+        "vitdet": Plan(detector="vitdet", detector_weights=str(path)),
+        READER: Plan(detector=READER, detector_weights=str(reader), text="cat."),
+    }
+    for name, plan in plans.items():
+        for backend in ("torch", "openvino"):
+            chosen = choose_detector(replace(plan, backend=backend), torch.device("cpu"), "fp32", False)
+            told = any("computes in torch" in note for note in chosen.notes)
+            assert told is (name == READER and backend == "openvino")
+            network = getattr(chosen.source, "_network", None)
+            if isinstance(network, torch.nn.Module):
+                assert any(isinstance(m, backends.OpenVino) for m in network.modules()) is (backend == "openvino" and not told)

@@ -1,6 +1,7 @@
 """From the names in a Plan to a detector that is ready to use."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,9 @@ def detector(plan: Plan, device: Any, precision: str, pull: bool, progress: Call
     path = Path(own) if own else weights.locate(entry, name, pull, progress)
     least = entry.confidence if plan.confidence is None else plan.confidence
     build = catalog.resolve(entry)
-    faster = {"backend": plan.backend} if name == "nano" and plan.backend != "torch" else {}  # the others stay with torch
+    faster = {"backend": plan.backend} if "backend" in inspect.signature(build).parameters else {}
+    if not faster and plan.backend != "torch":
+        notes = [*notes, f"detector: {name} computes in torch, whatever the backend"]
     source = build(path, device, precision, least, plan.max_boxes or MAX_BOXES, plan.wanted(), **entry.args, **faster)
     return Chosen(name, source, None if own else entry, path, notes)
 

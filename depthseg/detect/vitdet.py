@@ -27,6 +27,7 @@ class ViTDet:
         confidence: float = CONFIDENCE,
         max_boxes: int = MAX_BOXES,
         classes: Sequence[str] = (),
+        backend: str = "torch",
         *,
         variant: Any = "b",
         data: str = "coco",
@@ -40,12 +41,16 @@ class ViTDet:
         self._only = None if chosen is None else [list(known).index(i) for i in chosen]
         import torch
 
+        from depthseg import backends
         from depthseg.models.vitdet import ViTDet as Network
 
         self.device = torch.device(device)
         self.precision = precision
         self.confidence, self.max_boxes = confidence, max_boxes
         self._network = Network(variant, len(known), cascade, sigmoid=data == "lvis", **size).load(path).to(self.device)
+        if backend != "torch":  # for the ViT and its maps, which are most of the work; how many boxes follow differs
+            side = self._network.side
+            self._network.backbone = backends.ready(self._network.backbone, backend, precision, self.device, (side, side))  # type: ignore[assignment]
 
     def __call__(self, images: list[Image]) -> list[Boxes]:
         import torch
