@@ -112,12 +112,14 @@ def test_correlation_is_that_of_predicted_and_true_iou(pictures, coco_file, tmp_
     assert report["metrics"]["iou_correlation"] == pytest.approx(expected)
 
 
-def test_clicks_come_out_of_one_pass_and_equal_separate_ones(pictures, coco_file, tmp_path):
+@pytest.mark.parametrize("zoom", [False, True])
+def test_clicks_come_out_of_one_pass_and_equal_separate_ones(pictures, coco_file, tmp_path, zoom):
     def clicked(clicks, batch):
-        plan = Plan(batch=batch, prompt_batch=2)
+        plan = Plan(batch=batch, prompt_batch=2, zoom=zoom)
         ready = segmenter(plan)
         report = ask(pictures, coco_file, tmp_path / f"{clicks}{batch}", Request("point", clicks), plan, ready)
-        assert ready.network.encoded == 3  # features once for each image, whatever the number of rounds
+        assert zoom or ready.network.encoded == 3  # features once for each image, whatever the number of rounds
+        assert ("twice on a crop" in str(report["protocol_in_words"])) is zoom
         return {k: v for k, v in report["metrics"].items() if k.startswith("miou")}
 
     together = clicked((1, 2, 3), 2)
@@ -126,19 +128,20 @@ def test_clicks_come_out_of_one_pass_and_equal_separate_ones(pictures, coco_file
     assert together == apart and 50 < together["miou_1"] < together["miou_2"]
 
 
-def test_the_second_click_goes_to_the_error_of_the_first(pictures, coco_file, tmp_path):
-    """The rounds of `run` against the protocol written down for one mask."""
-    plan = Plan()
+@pytest.mark.parametrize("zoom", [False, True])
+def test_the_second_click_goes_to_the_error_of_the_first(pictures, coco_file, tmp_path, zoom):
+    """The rounds of `run` against the protocol written down for one mask, which is asked for as `segment` does."""
+    plan = Plan(zoom=zoom)
     data = truth.read(pictures, coco_file, only=["a.png"])
     report = run(data, segmenter(plan), Request("point", (3,)), tmp_path / "o", pictures=False)
     one, mask = segmenter(plan), masks.decode(data.truths[0].rle[0])
     pixels = np.asarray(PILImage.open(data.truths[0].image.path).convert("RGB"))
-    encoded = one.encode([View(pixels, None, data.truths[0].image.size)], 64)
+    view = View(pixels, None, data.truths[0].image.size)
     seen, xy, signs = np.zeros_like(mask), np.zeros((0, 2), int), []
     for _ in range(3):
         x, y, positive = prompts.next_click(mask, seen, xy)
         xy, signs = np.concatenate([xy, [[x, y]]]), [*signs, int(positive)]
-        ((answer,),) = one.decode(encoded, [Prompts.of(points=[xy], signs=[signs])])
+        ((answer,),) = one.masks_for([view], [Prompts.of(points=[xy], signs=[signs])])
         seen = masks.decode(answer.rle)
     assert report["metrics"]["miou_3"] == pytest.approx(100 * metrics.mask_iou(data.truths[0].rle[:1], [answer.rle])[0])
 
