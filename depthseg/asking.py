@@ -237,7 +237,8 @@ def _rounds(
             added = np.array(new, np.int64).reshape(-1, 1, 3)  # x, y, positive
             xy[v], signs[v] = np.concatenate([xy[v], added[..., :2]], 1), np.concatenate([signs[v], added[..., 2]], 1)
         clicks = [Prompts.of(points=p, signs=s) for p, s in zip(xy, signs)]
-        answers = segmenter.closer(views, clicks, segmenter.decode(encoded, clicks, spent=spent), spent=spent)
+        candidates = segmenter.decode(encoded, clicks, spent=spent, every=segmenter.zoom)
+        answers = segmenter.closer(views, clicks, candidates, spent=spent)
         seen = [[masks.decode(a.rle) for a in found] for found in answers]
         if n in ask.clicks:
             for v, (truth, found) in enumerate(zip(asked, answers)):

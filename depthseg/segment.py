@@ -259,20 +259,21 @@ class Segmenter:
         strict: as in `decode`. spent: seconds by stage are added here.
         """
         spent = defaultdict(float) if spent is None else spent
-        answers: list[dict[int, Answer]] = [{} for _ in views]  # by prompt
+        answers: list[list[Answer]] = [[] for _ in views]
         zoomed = [self.zoom & is_boxed(p) for p in asked]  # bool (P,) for each view
         wholes = [(v, np.flatnonzero(~z)) for v, z in enumerate(zoomed) if not z.all()]
         for start in range(0, len(wholes), self.plan.batch):
             some = wholes[start : start + self.plan.batch]
             encoded = self.encode([views[v] for v, _ in some], self.network.side, spent)
             questions = [rows_of(asked[v], rows) for v, rows in some]
-            for (v, rows), found in zip(some, self.decode(encoded, questions, strict and not self.zoom, spent)):
-                answers[v] |= {int(rows[a.prompt]): a._replace(prompt=int(rows[a.prompt])) for a in found}
+            found = self.decode(encoded, questions, strict and not self.zoom, spent, every=self.zoom and not strict)
+            for (v, rows), those in zip(some, found):
+                answers[v] += [a._replace(prompt=int(rows[a.prompt])) for a in those]
         boxed = [(v, int(i)) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]
         boxes = [around(asked[v], i) for v, i in boxed]
-        for (v, _), found in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent)):
-            answers[v] |= {a.prompt: a for a in found}
-        return self.closer(views, asked, [[found[i] for i in sorted(found)] for found in answers], strict, spent)
+        for (v, _), those in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent)):
+            answers[v] += those
+        return self.closer(views, asked, answers, strict, spent)
 
     def closer(
         self,
@@ -284,19 +285,26 @@ class Segmenter:
     ) -> list[list[Answer]]:
         """With `zoom`, answers to clicks alone after `LOOKS` looks at crops around them; all others as they are.
 
-        A click says nothing of the size of what is meant, the first answer does. answers: to all prompts of each whole picture, in their
-        order. strict: as in `decode`, for the last look.
+        A click says nothing of the size of what is meant, the first answers do, and from near the network ranks them better. answers: of
+        each whole picture, one for a prompt or some to choose from. strict: as in `decode`, for the last look.
         """
         if not self.zoom:
             return list(answers)
-        seen = [{a.prompt: a for a in found} for found in answers]
+        seen: defaultdict[tuple[int, int], list[Answer]] = defaultdict(list)  # by view and prompt
+        for v, found in enumerate(answers):
+            for a in found:
+                seen[v, a.prompt].append(a)
         clicked = [(v, int(i)) for v, prompts in enumerate(asked) for i in np.flatnonzero(is_clicked(prompts))]
         for look in range(LOOKS):
-            boxes = [around(asked[v], i, seen[v][i].rle) for v, i in clicked]
-            for (v, i), found in zip(clicked, self._on_crops(views, asked, clicked, boxes, strict and look == LOOKS - 1, spent)):
-                del seen[v][i]
-                seen[v] |= {a.prompt: a for a in found}
-        return [[found[i] for i in sorted(found)] for found in seen]
+            which = [key for key in clicked for _ in seen[key]]
+            boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in seen[v, i]]
+            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent)
+            for key in clicked:
+                seen[key] = _surest([a for _ in seen[key] for a in next(nearer)])
+        out: list[list[Answer]] = [[] for _ in views]
+        for v, i in sorted(seen):
+            out[v] += _surest(seen[v, i])
+        return out
 
     def _on_crops(
         self,
@@ -325,10 +333,13 @@ class Segmenter:
             features = self.network.encode(rgb, self._tensor(np.stack(maps)) if maps else None)
         return Encoded(features, list(views), frames)
 
-    def decode(self, encoded: Encoded, asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None) -> list[list[Answer]]:
+    def decode(
+        self, encoded: Encoded, asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None, every: bool = False
+    ) -> list[list[Answer]]:
         """The answers to the prompts of each view, whose coordinates are the view's own; masks lie on the whole picture.
 
-        strict: drop answers below the plan's min_predicted_iou and min_stability, and clean small regions.
+        strict: drop answers below the plan's min_predicted_iou and min_stability, and clean small regions. every: all candidates of a
+        prompt, not the best alone, unless refined ones take their place.
         """
         plan = self.plan
         limits = (plan.min_predicted_iou, plan.min_stability)
@@ -342,7 +353,8 @@ class Segmenter:
             for start in range(0, len(flat), plan.prompt_batch):
                 chunk = flat[start : start + plan.prompt_batch]
                 with self.timed(spent, "decode"), inference(self.device, self.precision):
-                    tensors = self._best(encoded, asked, chunk, multimask)
+                    tensors = self._best(encoded, asked, chunk, multimask, every and plan.refine not in refine.RULES)
+                chunk = [pair for pair in chunk for _ in range(len(tensors[1]) // len(chunk))]
                 if self.edges_on_device and not strict and self._plain(encoded):
                     with self.timed(spent, "masks"), torch.inference_mode():
                         for v, answer in _on_device(encoded, chunk, *tensors):
@@ -403,9 +415,12 @@ class Segmenter:
                     low[some[n]], ious[some[n]] = logits[n], predicted[n]
 
     def _best(
-        self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool
+        self, encoded: Encoded, asked: Sequence[Prompts], chunk: list[tuple[int, int]], multimask: bool, every: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (P, s, s) and predicted IoU (P,) of the candidate with the highest predicted IoU, for one decoder call."""
+        """Logits (P, s, s) and predicted IoU (P,) of the candidate with the highest predicted IoU, for one decoder call.
+
+        every: of all M candidates of each prompt, (P * M, s, s) and (P * M,).
+        """
         width = max(asked[v].labels.shape[1] for v, _ in chunk)
         points = np.zeros((len(chunk), width, 2), np.float32)
         labels = np.full((len(chunk), width), ABSENT, np.int64)
@@ -416,13 +431,16 @@ class Segmenter:
         earlier = [asked[v].masks[i] for v, i in chunk if asked[v].masks is not None]  # type: ignore[index]
         owner = np.array([v for v, _ in chunk], np.int64)
         low_resolution = self._tensor(np.stack(earlier)) if earlier else None
+        one = not (self.by_box or every)  # the network need not make the others
         logits, iou = self.network.decode(
-            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask, not self.by_box
+            encoded.features, self._tensor(owner), self._tensor(points), self._tensor(labels), low_resolution, multimask, one
         )
+        if every:
+            return logits.flatten(0, 1).float(), iou.flatten().float()
         rank = fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
-        best = rank.argmax(1)  # before anything is enlarged; unless by box, the network has left the others out
-        every = torch.arange(len(best), device=best.device)
-        return logits[every, best].float(), iou[every, best].float()
+        best = rank.argmax(1)  # before anything is enlarged
+        rows = torch.arange(len(best), device=best.device)
+        return logits[rows, best].float(), iou[rows, best].float()
 
     def multimask(self, labels: Array) -> bool:
         """Whether a prompt with these labels (K,) is answered by three candidates."""
@@ -443,6 +461,11 @@ class Segmenter:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
+
+
+def _surest(answers: list[Answer]) -> list[Answer]:
+    """The one with the highest predicted IoU, if there is one."""
+    return [max(answers, key=lambda a: a.predicted_iou)] if answers else []
 
 
 def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:
