@@ -186,7 +186,7 @@ def _other_size(image: Image, truth: Truth) -> Failure:
 def click_answers(
     dataset: Dataset, truths: Sequence[Truth], segmenter: Segmenter, ask: Request
 ) -> Iterator[tuple[Truth, Answers | Failure]]:
-    """Features once for each image, then rounds: the masks after 1, 3 and 5 clicks come out of one pass of five."""
+    """Features of whole images once, then rounds: the masks after 1, 3 and 5 clicks come out of one pass of five."""
     rules = PROTOCOLS[ask.protocol]
     pairs = zip(truths, read_ahead(t.image for t in truths))
     while True:

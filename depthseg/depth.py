@@ -73,7 +73,7 @@ class DepthAnything:
     """DepthAnything V1 or V2 through transformers, from a folder or from the Hugging Face cache; never from the network.
 
     Images of equal size go through the network together, at most `batch` of them. A metric variant is inverted.
-    OpenVINO answers as torch but where the input is one row or column of patches, about 50 times as long as wide: it scales the
+    OpenVINO answers as torch but where the input is one row or column of patches, by default about 50 times as long as wide: it scales the
     position embedding otherwise then.
     """
 

@@ -71,7 +71,8 @@ Precision = Annotated[
 Backend = Annotated[
     Literal["torch", "openvino", "compile"],
     typer.Option(
-        help="What computes networks, but those of YOLO and Grounding DINO: torch, OpenVINO (an extra, CPU only), or torch's compiler.",
+        help="What computes encoders, depth and detectors but YOLO and Grounding DINO: torch, OpenVINO (an extra, CPU only), or torch's "
+        "compiler.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -77,8 +77,10 @@ def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False, r
         ],
     }[prompt]
     if zoom:
-        clicks = "Clicks are asked on the whole picture, then twice on a crop around the answer (zoom)."
-        lines.append(clicks if prompt == "point" else "Every box is looked at on a crop of its own (zoom).")
+        clicks = "Clicks are asked on the whole picture, then twice on crops around the answers (zoom)."
+        lines.append(
+            clicks if prompt == "point" else "Boxes are looked at on crops of their own, clicks twice more around the answers (zoom)."
+        )
     if refine != "none":
         lines.append(f"Refined ({refine}): {REFINEMENTS[refine]}.")
     return [f"Protocol {name}: {p.source}.", *lines]

@@ -437,7 +437,8 @@ class Segmenter:
         )
         if every:
             return logits.flatten(0, 1).float(), iou.flatten().float()
-        rank = fit(logits, points, labels) + 1e-4 * iou if self.by_box else iou  # a box between all pixel centres fits none
+        boxed = self.by_box and bool((labels == CORNER_MIN).any(1).all())
+        rank = fit(logits, points, labels) + 1e-4 * iou if boxed else iou  # a box between all pixel centres fits none
         best = rank.argmax(1)  # before anything is enlarged
         rows = torch.arange(len(best), device=best.device)
         return logits[rows, best].float(), iou[rows, best].float()

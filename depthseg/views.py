@@ -105,11 +105,11 @@ def rows_of(asked: Prompts, index: Array) -> Prompts:
 
 
 def on_crop(asked: Prompts, row: int, crop: View) -> Prompts:
-    """One prompt in the coordinates of a piece of its picture, without the clicks that lie elsewhere."""
+    """One prompt in the coordinates of a piece of its picture, without the negative clicks that lie elsewhere."""
     one = rows_of(asked, np.array([row]))
     points = one.points - np.array(crop.corner, np.float32)
     h, w = crop.pixels.shape[:2]
-    lost = np.isin(one.labels, (NEGATIVE, POSITIVE)) & ((points < 0) | (points >= (w, h))).any(-1)
+    lost = (one.labels == NEGATIVE) & ((points < 0) | (points >= (w, h))).any(-1)
     return replace(one, points=points, labels=np.where(lost, ABSENT, one.labels))
 
 

@@ -5,7 +5,7 @@ kernels and their rounding, streams, several cards, and the backward pass, which
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
@@ -101,6 +101,12 @@ class Stream:
     def wait_stream(self, other):
         self.told.append((self, "waits", other))
 
+    @contextmanager
+    def taken(self):
+        self.told.append((self, "begins"))
+        yield
+        self.told.append((self, "ends"))
+
 
 MAIN = Stream()
 
@@ -119,7 +125,7 @@ def card(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "save", lambda state, file: saved(_moved(state, CPU), file))
     monkeypatch.setattr(torch, "load", lambda file, map_location, **how: _moved(loaded(file, map_location="cpu", **how), map_location))
     monkeypatch.setattr(checkpoint, "serialised", lambda state, about: serialised(_moved(state, CPU), about))
-    for name, value in {"Stream": Stream, "current_stream": lambda *_: MAIN, "stream": lambda one: nullcontext()}.items():
+    for name, value in {"Stream": Stream, "current_stream": lambda *_: MAIN, "stream": Stream.taken}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: Stream.told.append(("keeps", stream)))
     Stream.told.clear()
@@ -162,6 +168,8 @@ def answers(model: str, device: str, precision: str = "fp32", **options) -> list
     network.specks = 0.0
     if network.alpha is not None:
         network.alpha.data.fill_(0.5)
+        for encoder in ("image_encoder", "depth_encoder") if device == "cuda" else ():
+            getattr(network, encoder).register_forward_pre_hook(lambda *_, name=encoder: Stream.told.append(name))
     segmenter = Segmenter(
         plan, network=prepared(network, plan, precision, torch.device(device)), source=lambda some: [boxes for _ in some],
         depth=ramp if network.alpha is not None else None,
@@ -189,7 +197,8 @@ def test_segmenting_on_a_card_answers_as_the_cpu(model, precision, options, card
     assert np.diag(masks.iou(expected, found)).min() > (0.999 if precision == "fp32" else 0.9)
     if model.endswith("-depth"):
         side = Stream.told[0][0]
-        assert Stream.told[:3] == [(side, "waits", MAIN), (MAIN, "waits", side), ("keeps", side)] and Stream.told[3] == ("keeps", MAIN)
+        wanted = [(side, "waits", MAIN), (side, "begins"), "depth_encoder", (side, "ends"), "image_encoder", (MAIN, "waits", side)]
+        assert Stream.told[:8] == [*wanted, ("keeps", side), ("keeps", MAIN)]
     assert on_card == ([] if model == "efficient-sam-ti" else [True] * 2)  # it has a frame of its own
 
 

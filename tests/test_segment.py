@@ -183,6 +183,9 @@ def test_a_crop_hears_its_own_clicks_alone():
     one = views.on_crop(prompts, 0, crop)
     assert crop.corner == (285, 190) and one.labels[0].tolist() == [1, ABSENT, 0, PADDING]
     assert one.points[0, 0].tolist() == [25, 15]
+    edge = Prompts.of(points=np.array([[[800, 600]]]))
+    corner = view.crop(views.around(edge, 0, masks.encode(seen & False)))
+    assert views.on_crop(edge, 0, corner).labels[0].tolist() == [1, PADDING]  # on the border, and heard
     boxed = Prompts.of(boxes=[[10, 10, 20, 20]], points=np.array([[[40, 15]]]))
     assert views.around(boxed, 0).tolist() == [10, 10, 41, 20]  # a click beside the box is part of what is meant
 
@@ -263,9 +266,10 @@ def test_grid_gives_each_thing_once(pictures):
         assert record.masks.names == {1: "object"} and record.masks.score == pytest.approx([0.9])
 
 
+@pytest.mark.parametrize("zoom", [False, True])
 @pytest.mark.parametrize("limit", [{"min_predicted_iou": 0.95}, {"min_stability": 1.1}])
-def test_grid_drops_what_is_not_sure(pictures, limit):
-    for record in run(Segmenter(Plan(detector="grid", points_per_side=2, **limit), network=Bright()), find([pictures])):
+def test_grid_drops_what_is_not_sure(pictures, limit, zoom):
+    for record in run(Segmenter(Plan(detector="grid", points_per_side=2, zoom=zoom, **limit), network=Bright()), find([pictures])):
         assert len(record.masks) == 0
 
 

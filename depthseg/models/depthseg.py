@@ -4,6 +4,8 @@ Without the depth branch this is EfficientViT-SAM itself: the baseline and the m
 kept on the object.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ class DepthSeg(SamHead):
             super().__init__()
         self.variant = variant
         self.side = v.side
-        self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box
+        self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box or answer
         self.mask_stride = v.side // 256  # input pixels to one cell of the low-resolution masks
         self.single_mask_for = "unambiguous" if v.skips else "never"
         self.grid_limits = (0.4, 0.6) if v.skips else (0.7, 0.85)  # nano is seldom sure of a mask from one click
@@ -76,9 +78,15 @@ class DepthSeg(SamHead):
         return logits, iou
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the process: what is freed on a stream serves that stream alone."""
+    return torch.cuda.Stream(device)
+
+
 def _side_by_side(first: nn.Module, x: Tensor, second: nn.Module, y: Tensor) -> tuple[Features, Features]:
     """What two networks give on a card, the second on a stream of its own: small batches leave room for both."""
-    main, side = torch.cuda.current_stream(y.device), torch.cuda.Stream(y.device)
+    main, side = torch.cuda.current_stream(y.device), _side_stream(y.device)
     side.wait_stream(main)  # until y is there
     with torch.cuda.stream(side):
         theirs = second(y)
