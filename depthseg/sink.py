@@ -138,9 +138,9 @@ class Sink:
             return
         new = self.plan.decisive()
         differ = [f"{name} (was {plan.get(name)!r}, is {new[name]!r})" for name in new if plan.get(name) != new[name]]
-        # `auto` may mean something else by now, and a file may have changed under its name
         if (version := earlier.get("depthseg")) != __version__:  # whose rules may be others
             differ.append(f"depthseg (was {version}, is {__version__})")
+        # `auto` may mean something else by now, and a file may have changed under its name
         now = resolved(self.extra)
         differ += [f"{role} (was {made_by.get(role)}, is {now.get(role)})" for role in now | made_by if now.get(role) != made_by.get(role)]
         if differ:
