@@ -22,9 +22,10 @@ from depthseg.plan import Plan
 from depthseg.protocols import PROTOCOLS
 from depthseg.schema import Array, Boxes, Depth, Image, Prompts, Record
 from depthseg.score import Request
-from depthseg.segment import Segmenter, View, one_by_one_if_need_be
+from depthseg.segment import Segmenter, one_by_one_if_need_be
 from depthseg.sink import resolved
 from depthseg.truth import Dataset, Truth
+from depthseg.views import View
 
 LOW_CONFIDENCE = 0.001  # of a detector's boxes: AP needs the whole curve
 MOST = {"coco": 100, "lvis": 300}  # boxes of one image, as each evaluation counts them

@@ -165,7 +165,8 @@ def _cases(
         from depthseg import peers as other
         from depthseg import reference as official
         from depthseg.numerics import device_of, precision_of
-        from depthseg.segment import Segmenter, prepared
+        from depthseg.predictor import prepared
+        from depthseg.segment import Segmenter
 
         where = device_of(plan.device)
         precision = precision_of(plan.precision, where)

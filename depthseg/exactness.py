@@ -12,7 +12,8 @@ import numpy as np
 from depthseg import catalog, masks
 from depthseg.plan import Plan
 from depthseg.schema import Array, Image, Prompts
-from depthseg.segment import Segmenter, View
+from depthseg.segment import Segmenter
+from depthseg.views import View
 
 
 @dataclass(frozen=True)

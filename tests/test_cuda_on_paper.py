@@ -20,9 +20,10 @@ from depthseg import catalog, edges, masks
 from depthseg.learner import Learner
 from depthseg.models import checkpoint
 from depthseg.plan import Plan
+from depthseg.predictor import prepared
 from depthseg.reference import in_things
 from depthseg.schema import Boxes, Image
-from depthseg.segment import Segmenter, prepared
+from depthseg.segment import Segmenter
 from depthseg.stages import STAGES
 from depthseg.train import train
 

@@ -16,7 +16,8 @@ from depthseg.evaluate import from_file, run
 from depthseg.plan import Plan
 from depthseg.schema import Boxes, Frame, Prompts
 from depthseg.score import Request, filled_box, inscribed_ellipse
-from depthseg.segment import Segmenter, View
+from depthseg.segment import Segmenter
+from depthseg.views import View
 
 
 class Bright(nn.Module):

@@ -23,7 +23,7 @@ LAYERS = {
     "tables truth protocols predictions ap fates score published page report gallery compare album outlines export",
     "tensors": "backends edges models losses numerics",
     "stages": "fast_sam detect depth tasks weights pretrained",
-    "segment": "reference peers exactness views segment asking",
+    "segment": "reference peers exactness views predictor segment asking",
     "training": "learner curves preflight validation",
     "verbs": "evaluate train bench",
     "edge": "options terminal config doctor segment_cli data_cli train_cli bench_cli weights_cli models_cli table_cli eval_cli convert_cli "

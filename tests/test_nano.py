@@ -11,7 +11,8 @@ from pycocotools import mask as coco
 from depthseg import catalog, data, masks
 from depthseg.plan import Plan
 from depthseg.schema import Prompts
-from depthseg.segment import Segmenter, View
+from depthseg.segment import Segmenter
+from depthseg.views import View
 
 FILES = [catalog.MODELS["nano"], catalog.MODELS["nano-depth"], catalog.DEPTHS["nano"], catalog.DETECTORS["nano"]]
 

@@ -12,7 +12,8 @@ from depthseg.errors import DepthsegError
 from depthseg.models.mirrored import Mirrored, mirrored
 from depthseg.plan import REFINEMENTS, Plan
 from depthseg.schema import ABSENT, NEGATIVE, PADDING, POSITIVE, Frame, Prompts
-from depthseg.segment import Segmenter, View
+from depthseg.segment import Segmenter
+from depthseg.views import View
 
 
 def disc(radius: float, size: int = 64) -> np.ndarray:
