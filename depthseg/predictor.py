@@ -64,7 +64,7 @@ class Predictor:
                 answers[v] += [a._replace(prompt=int(rows[a.prompt])) for a in those]
         boxed = [(v, int(i)) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]
         boxes = [around(asked[v], i) for v, i in boxed]
-        for (v, _), those in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent)):
+        for (v, _), those in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent, self.plan.refine == "scales")):
             answers[v] += those
         return self.closer(views, asked, answers, strict, spent)
 
@@ -107,15 +107,41 @@ class Predictor:
         boxes: Sequence[Array],
         strict: bool,
         spent: Seconds | None,
+        scales: bool = False,
     ) -> Iterator[list[Answer]]:
-        """The answer to each of the prompts `which` (view, row), asked on a crop around its box; none where `strict` drops it."""
+        """The answer to each of the prompts `which` (view, row), asked on a crop around its box; none where `strict` drops it.
+
+        scales: the mean of what the crop and the whole picture say.
+        """
         size = self.plan.batch * (self.network.side // self.network.zoom_side) ** 2  # one call has the pixels of a batch of wholes
         for start in range(0, len(which), size):
             some = which[start : start + size]
             crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
             questions = [on_crop(asked[v], i, crop) for (v, i), crop in zip(some, crops)]
-            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent)
+            encoded = self.encode(crops, self.network.zoom_side, spent)
+            if scales:
+                encoded = encoded._replace(afar=self._from_afar(views, asked, some, spent))
+            found = self.decode(encoded, questions, strict, spent)
             yield from ([a._replace(prompt=i) for a in those] for (_, i), those in zip(some, found))
+
+    def _from_afar(
+        self, views: Sequence[View], asked: Sequence[Prompts], which: Sequence[tuple[int, int]], spent: Seconds | None
+    ) -> list[tuple[Frame, Array, float]]:
+        """What whole pictures say to prompts with a box, which lie by view (view, row): frame, logits (s, s) and predicted IoU of each."""
+        out: list[tuple[Frame, Array, float]] = []
+        shown = sorted({v for v, _ in which})
+        for start in range(0, len(shown), self.plan.batch):
+            some = shown[start : start + self.plan.batch]
+            encoded = self.encode([views[v] for v in some], self.network.side, spent)
+            questions = [rows_of(asked[v], np.array([i for u, i in which if u == v])) for v in some]
+            flat = [(n, i) for n, p in enumerate(questions) for i in range(len(p))]
+            for first in range(0, len(flat), self.plan.prompt_batch):
+                chunk = flat[first : first + self.plan.prompt_batch]
+                multimask = self.multimask(questions[chunk[0][0]].labels[0])  # with a box, all prompts are answered alike
+                with self.timed(spent, "decode"), inference(self.device, self.precision):
+                    low, ious = (t.cpu().numpy() for t in self._best(encoded, questions, chunk, multimask))
+                out += [(encoded.frames[n], logits, iou) for (n, _), logits, iou in zip(chunk, low, ious.tolist())]
+        return out
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
@@ -164,7 +190,8 @@ class Predictor:
                         stability = float(masks.stability(logits[None, :h, :w])[0])
                         if strict and (iou < least_iou or stability < least_stability):
                             continue
-                        mask = view.paste(self._enlarged(frame, logits))
+                        mask = view.paste(self._enlarged(encoded, v, logits))
+                        iou = (iou + encoded.afar[v][2]) / 2 if encoded.afar else iou
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
                         answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
@@ -174,9 +201,14 @@ class Predictor:
         as_they_are = not self.network.specks and self.plan.refine not in refine.RULES
         return as_they_are and all(type(f) is Frame and f.size == v.canvas for f, v in zip(encoded.frames, encoded.views))
 
-    def _enlarged(self, frame: Frame, logits: Array) -> Crop:
-        """The mask of low-resolution logits (s, s) on its view, without specks."""
-        mask = frame.crop(logits)
+    def _enlarged(self, encoded: Encoded, v: int, logits: Array) -> Crop:
+        """The mask of low-resolution logits (s, s) on view `v`, without specks."""
+        frame = encoded.frames[v]
+        if encoded.afar:
+            (x, y), (h, w), (whole, low, _) = encoded.views[v].corner, frame.size, encoded.afar[v]
+            mask = Crop(frame.logits(logits) + whole.logits(low, slice(y, y + h), slice(x, x + w)) > 0, (0, 0), frame.size)
+        else:
+            mask = frame.crop(logits)
         least = int(self.network.specks * np.count_nonzero(mask.pixels))
         return masks.clean_crop(mask, least, edges=False) if self.network.specks else mask
 
@@ -193,7 +225,7 @@ class Predictor:
             calls: dict[bool, list[int]] = {}
             for k in rows:
                 v, i = chunk[k]
-                mask = self._enlarged(encoded.frames[v], low[k]).wider(1)  # with its rim
+                mask = self._enlarged(encoded, v, low[k]).wider(1)  # with its rim
                 at = refine.points(mask.pixels, plan.refine, plan.refine_points) + mask.corner
                 if len(at):
                     clicks[v][i] = at

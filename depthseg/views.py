@@ -1,5 +1,6 @@
 """What the network looks at and what it answers: plain values that go from step to step of the segmenter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ class Encoded(NamedTuple):
     features: Any  # what the network's encode gave
     views: list[View]
     frames: list[Frame]
+    afar: Sequence[tuple[Frame, Array, float]] = ()  # of each view's one prompt, what the whole picture says: frame, logits, IoU
 
 
 def fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image as PILImage
 
 from depthseg import catalog, masks, sa1b
-from depthseg.augment import TOKENS, view
+from depthseg.augment import MOST_CUT, TOKENS, view
 from depthseg.cli import main
 from depthseg.errors import DepthsegError
 from depthseg.learner import Learner, World, _device, stage_of
@@ -196,6 +196,24 @@ def test_views_keep_prompt_and_mask_together(root) -> None:
                     assert t[y, x] > 0 if s == POSITIVE else t[y, x] < 1
                     seen.add(int(s))
     assert seen == {"box", POSITIVE, NEGATIVE}
+
+
+def test_a_view_from_too_near_knows_what_it_hides(root) -> None:
+    samples = [sa1b.load(e) for e in sa1b.index([root])]
+    rng = np.random.default_rng(0)
+    cut = 0
+    for i in range(80):
+        sample = samples[i % 4]
+        v = view(sample, None, None, 96, 2, 3, 0.0, 1.0, rng)
+        if v is None:
+            continue
+        assert (v.hidden >= 0).all()
+        for t, hidden, labels in zip(v.target, v.hidden, v.labels, strict=True):
+            share = t.sum() / (t.sum() + hidden)  # of the mask that is seen
+            assert (CORNER_MIN in labels) == (share > 1 / MOST_CUT)  # a box for whatever is not cut, clicks for what is
+            cut += share <= 1 / MOST_CUT
+    assert cut > 10
+    assert not view(samples[0], None, None, 96, 2, 3, 1.0, 1.0, rng).hidden.any()  # the whole picture hides nothing
 
 
 def _plan(root, out, **changes) -> TrainPlan:

@@ -76,7 +76,7 @@ class MaskSource:
             "owner": np.repeat(np.arange(len(items)), [len(v.labels) for v in items]),
             "rounds": np.array(setting.rounds),
             "dither": np.concatenate([v.dither for v in items]),
-            **{k: np.concatenate([getattr(v, k) for v in items]) for k in ("target", "boxes", "points", "labels")},
+            **{k: np.concatenate([getattr(v, k) for v in items]) for k in ("target", "hidden", "boxes", "points", "labels")},
         }
         if self.with_depth:
             out["depth"] = np.stack([v.depth for v in items if v.depth is not None])
@@ -111,7 +111,9 @@ class MaskLoss(nn.Module):
         mask, dice = cells(logits)
         with torch.no_grad():
             cost = self.mask * mask + self.dice * dice
-            truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None])
+            # a box asks for what is seen; a click may mean more, and the answer that shows all of it shall rank before one that cannot
+            hidden = batch["hidden"] * (labels != CORNER_MIN).all(1)
+            truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None], hidden[:, None])
         rows = torch.arange(p, device=labels.device)
         out: Batch = {}
         for group in groups:
