@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from depthseg import masks
 from depthseg.sa1b import Sample
-from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Array, Frame
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, ZOOM_LEAST, Array, Frame
 
 MAX_CLICKS = 10
 NEAR = 0.25  # share of the crops that cut through what is asked for
@@ -46,7 +46,7 @@ def _window(mask: Array, rng: np.random.Generator) -> tuple[int, int, int, int]:
     low, high = np.array([xs.min(), ys.min()]), np.array([xs.max() + 1, ys.max() + 1])
     longest = max(*(high - low), 8)
     if rng.random() < NEAR:
-        side = max(longest * np.exp(rng.uniform(np.log(0.3), np.log(1.2))), 8)
+        side = max(longest * np.exp(rng.uniform(np.log(0.3), np.log(1.2))), ZOOM_LEAST)
         at = rng.integers(len(xs))
         corner = np.array([xs[at], ys[at]]) + 0.5 - side * rng.uniform(0.3, 0.7, 2)
     else:
