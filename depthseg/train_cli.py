@@ -177,15 +177,14 @@ def _shown() -> Iterator[Callable[[str, dict[str, Any]], None]]:
     from rich.live import Live
 
     console = Console(stderr=True)
-    began = time.monotonic()
-    first: float | None = None
+    first: tuple[float, float] | None = None  # share done and time when a run, new or resumed, first told of itself
     rows: dict[str, dict[str, Any]] = {}
 
     def left(done: float) -> str:
         nonlocal first
-        first = done if first is None else first
-        spent = time.monotonic() - began
-        return f"{duration(spent * (1 - done) / (done - first))} left" if done > first else ""
+        now = time.monotonic()
+        first = first or (done, now)
+        return f"{duration((now - first[1]) * (1 - done) / (done - first[0]))} left" if done > first[0] else ""
 
     def line(kind: str, values: dict[str, Any]) -> None:
         end = f"  {left(values['done'])}" if "done" in values else ""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from depthseg import catalog, masks, sa1b
+from depthseg import catalog, masks, sa1b, train_cli
 from depthseg.augment import MOST_CUT, TOKENS, view
 from depthseg.cli import main
 from depthseg.errors import DepthsegError
@@ -752,3 +752,14 @@ def test_distillation_from_a_network_of_the_catalog(root, tmp_path) -> None:
     plan = replace(plan, model="nano", output=str(tmp_path / "p"))
     with pytest.raises(DepthsegError, match=r"Choose a student|embeddings are"):
         train(plan)
+
+
+def test_the_time_left_counts_from_the_first_word(monkeypatch, capsys) -> None:
+    """Loading and the steps before it tell nothing of the speed, and a resumed run does not begin at zero."""
+    clock = iter([100.0, 110.0])  # a tenth of the run in ten seconds
+    monkeypatch.setattr(train_cli.time, "monotonic", lambda: next(clock))
+    with train_cli._shown() as tell:
+        tell("log", {"step": 1, "done": 0.5})
+        tell("log", {"step": 2, "done": 0.6})
+    first, second = capsys.readouterr().err.splitlines()
+    assert "left" not in first and second.endswith("40.0 s left")
