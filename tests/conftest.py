@@ -82,6 +82,40 @@ def coco_file(pictures: Path, tmp_path: Path) -> Path:
     return path
 
 
+def write_sample(folder: Path, number: int) -> None:
+    """A picture of noise with three bright rectangles, one over the other, in SA-1B's layout."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    from depthseg import masks
+
+    rng = np.random.default_rng(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, 90, (96, 128, 3), dtype=np.uint8)
+    found = []
+    for _ in range(3):
+        y, x = rng.integers(5, 40), rng.integers(5, 60)
+        m = np.zeros((96, 128), bool)
+        m[y : y + 40, x : x + 50] = True
+        pixels[m] = rng.integers(100, 255, 3)
+        found.append(m)
+    Image.fromarray(pixels).save(folder / f"sa_{number}.jpg")
+    rows = [{"id": i, "segmentation": masks.encode(m)} for i, m in enumerate(found)]
+    (folder / f"sa_{number}.json").write_text(json.dumps({"image": {"image_id": number}, "annotations": rows}))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four samples in SA-1B's layout, and a picture without annotations."""
+    top = tmp_path_factory.mktemp("sa1b") / "train"
+    for i in range(4):
+        write_sample(top / "sa_000000", i)
+    (top / "sa_000000" / "sa_99.jpg").write_bytes(b"without annotation")
+    return top
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data and parity files beside the repository; tests that need it are skipped without it."""
