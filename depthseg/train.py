@@ -74,15 +74,17 @@ def train(
     steps = Steps(learner.task.source, learner.task.order, stage.batch, plan.micro_batch or stage.batch, plan.seed, world.rank, world.size,
                   -(-plan.overfit // stage.batch) if plan.overfit else None)  # fmt: skip
     count = _length(plan, stage.epochs, steps)
+    told = {**asdict(plan), "maps_of": maps_of(plan.depth_maps), "samples": learner.task.order.count}
     if resume and last.exists():
-        _same_run(plan, out)
+        if (begun := _same_run(told, out)) != __version__:
+            tell("note", {"version": f"the run began with depthseg {begun}, and goes on as {__version__} computes"})
         learner.load(_state(last, learner.device))
     elif world.rank == 0:
         if resume:
             tell("note", {"resume": f"{out} holds no checkpoint, so this is a new run"})
         out.mkdir(parents=True, exist_ok=True)
         with text_file(out / "plan.json") as file:
-            file.write(json.dumps({**asdict(plan), "version": __version__, "maps_of": maps_of(plan.depth_maps)}, indent=1))
+            file.write(json.dumps({**told, "version": __version__}, indent=1))
     world.wait()  # for the folder
     if check and learner.step == 0:
         for finding in preflight(learner, steps, count, out):
@@ -90,10 +92,10 @@ def train(
         if validation and world.rank == 0:
             tell("preflight", {"validation": ", ".join(f"{k} {v}" for k, v in _validated(validation, learner, out).items())})
     with _Sitting(plan, learner, world, count, out, validation, tell) as sitting:
-        told = sitting.run(steps, stop)
+        stopped = sitting.run(steps, stop)
     world.end()
-    if told:
-        raise KeyboardInterrupt(told)
+    if stopped:
+        raise KeyboardInterrupt(stopped)
     return out / "weights.safetensors"
 
 
@@ -115,18 +117,19 @@ def _state(path: Path, device: torch.device) -> dict[str, Any]:
         raise DepthsegError(f"{path} cannot be read ({str(error)[:120]})", how) from error
 
 
-def _same_run(plan: TrainPlan, out: Path) -> None:
-    """Refuse to go on with other options than the run began with; those that only steer its course may change."""
+def _same_run(told: dict[str, Any], out: Path) -> str:
+    """The version that a run began with. Refuses to go on with other options or samples; what only steers its course may change."""
     try:
         before = json.loads((out / "plan.json").read_text())
         if not isinstance(before, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as e:
         raise DepthsegError(f"{out} has a checkpoint but no readable plan.json", "Start anew in another --output.") from e
-    now = json.loads(json.dumps({**asdict(plan), "maps_of": maps_of(plan.depth_maps)}))
+    now = json.loads(json.dumps(told))
     differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in FREE and before.get(k) != v]
     if differ:
         raise DepthsegError(f"{out} holds a run with other options: {', '.join(differ)}", "Use the same, or another --output.")
+    return str(before.get("version"))
 
 
 def _validated(validation: Validation, learner: Learner, out: Path) -> dict[str, float]:

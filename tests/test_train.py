@@ -103,6 +103,23 @@ def _interrupted(plan: TrainPlan) -> None:
         train(plan)
 
 
+def test_a_run_goes_on_with_its_own_samples_and_tells_of_another_version(tmp_path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for number in range(4):
+        write_sample(data, number)
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(_plan(data, out, steps=3))
+    begun = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps({**begun, "version": "0.0.1"}))
+    write_sample(data, 9)
+    with pytest.raises(DepthsegError, match=r"other options: samples \(was 4, is 5\)"):
+        train(_plan(data, out, steps=3), resume=True)
+    (data / "sa_9.jpg").unlink()
+    notes = []
+    train(_plan(data, out, steps=3), resume=True, tell=lambda kind, values: notes.append(values) if kind == "note" else None)
+    assert any("began with depthseg 0.0.1" in note.get("version", "") for note in notes)
+
+
 def test_refusals(root, tmp_path) -> None:
     with pytest.raises(DepthsegError, match="no stage"):
         train(_plan(root, tmp_path / "x", stage="9"))
