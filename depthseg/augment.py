@@ -3,6 +3,7 @@
 A view is what inference sees too: part of a picture laid into the encoder's square by `Frame`. NumPy and Pillow only.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +17,7 @@ from depthseg.sa1b import Sample
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, ZOOM_LEAST, Array, Frame
 
 MAX_CLICKS = 10
-NEAR = 0.25  # share of the crops that cut through what is asked for
+NEAR = 0.25  # share of the crops that are too near to show all of what is asked for, if that is larger than ZOOM_LEAST
 MOST_CUT = 1.25  # what is this much larger than its visible part, is asked for by clicks alone: nobody draws a box around a part
 TOKENS = MAX_CLICKS + 1  # and SAM's padding token
 
@@ -35,25 +36,25 @@ class View:
     dither: Array  # (P,) float32 0..1, for choices that are made later
 
 
-def _window(mask: Array, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A square that shows the mask (h, w) as inference does, cut to the picture: x0, y0, x1, y1.
+def _window(rle: dict, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A square that shows a mask as inference does, cut to the picture: x0, y0, x1, y1.
 
     Mostly 1.2 to 8 times as long as the mask's box (nine in ten under 4), with all of the box. Else around one of its pixels, 0.3 to 1.2
     times as long: what a look from near at a click shows when the first answer was a part of what is meant.
     """
-    h, w = mask.shape
-    ys, xs = np.nonzero(mask)
-    low, high = np.array([xs.min(), ys.min()]), np.array([xs.max() + 1, ys.max() + 1])
-    longest = max(*(high - low), 8)
+    h, w = rle["size"]
+    (box,) = masks.boxes([rle]).astype(int)
+    low, high = box[:2], box[2:]
+    longest = max(high - low)
     if rng.random() < NEAR:
         side = max(longest * np.exp(rng.uniform(np.log(0.3), np.log(1.2))), ZOOM_LEAST)
-        at = rng.integers(len(xs))
-        corner = np.array([xs[at], ys[at]]) + 0.5 - side * rng.uniform(0.3, 0.7, 2)
+        inside = np.argwhere(masks.decode(rle)[low[1] : high[1], low[0] : high[0]])[:, ::-1]
+        corner = low + inside[rng.integers(len(inside))] + 0.5 - side * rng.uniform(0.3, 0.7, 2)
     else:
-        side = longest * np.exp(rng.uniform(np.log(1.2), np.log(4 if rng.random() < 0.9 else 8)))
-        corner = low - (side - (high - low)).clip(0) * rng.uniform(0.1, 0.9, 2)
-    left, top = (int(max(0, v)) for v in corner)
-    return left, top, int(min(w, left + side)), int(min(h, top + side))
+        side = max(longest * np.exp(rng.uniform(np.log(1.2), np.log(4 if rng.random() < 0.9 else 8))), ZOOM_LEAST)
+        corner = low - (side - (high - low)) * rng.uniform(0.1, 0.9, 2)
+    left, top = (max(0, math.floor(v)) for v in corner)
+    return left, top, min(w, math.ceil(corner[0] + side)), min(h, math.ceil(corner[1] + side))
 
 
 def colour(x: Array, rng: np.random.Generator) -> Array:
@@ -119,7 +120,7 @@ def view(
     """A random view of the sample with up to `count` prompted masks, or None when the crop shows none large enough.
 
     stride: input pixels to one cell of the network's masks.
-    whole: how often the whole picture is shown. boxes_share: share of the masks prompted with a box, the rest with clicks.
+    whole: how often the whole picture is shown. boxes_share: of the masks that the view does not cut off, the share prompted with a box.
     """
     areas = masks.area(sample.rles).astype(float)
     if not areas.any():
@@ -127,18 +128,17 @@ def view(
     chance = areas**0.25  # neither the largest nor the most numerous masks shall rule
     focus = int(rng.choice(len(areas), p=chance / chance.sum()))
     height, width = sample.pixels.shape[:2]
-    x0, y0, x1, y1 = (0, 0, width, height) if rng.random() < whole else _window(masks.decode(sample.rles[focus]), rng)
+    x0, y0, x1, y1 = (0, 0, width, height) if rng.random() < whole else _window(sample.rles[focus], rng)
     crop = np.s_[y0:y1, x0:x1]
     picked = [focus, *rng.permutation([i for i in range(len(areas)) if i != focus])[: 4 * count]]
     shown = ((i, masks.decode(sample.rles[i])[crop]) for i in picked)  # no more than are needed
-    # with each how much larger it is than what is seen of it
-    found: Iterator[tuple[Array, float]] = ((m, areas[i] / m.sum()) for i, m in shown if m.any())
+    found: Iterator[tuple[Array, float]] = ((m, areas[i] - m.sum()) for i, m in shown if m.any())  # with its pixels beyond the view
     pixels, relief = sample.pixels[crop], None if depth is None else depth[crop]
     if other is not None:
         first = list(islice(found, count + 2))
         pixels, relief, below = _paste(pixels, relief, [m for m, _ in first], other, rng)
-        cuts = [*(cut for _, cut in first), 1.0][: len(below)]
-        found = iter([(below[-1], cuts[-1]), *zip(below[:-1], cuts)])  # the pasted object is asked for
+        beyond = [*(n for _, n in first), 0.0][: len(below)]
+        found = iter([(below[-1], beyond[-1]), *zip(below[:-1], beyond)])  # the pasted object is asked for
     flip = rng.random() < 0.5
     frame = Frame((pixels.shape[0], pixels.shape[1]), side)
     h, w = frame.inner
@@ -147,7 +147,7 @@ def view(
     pixels = colour(pixels[:, ::-1] if flip else pixels, rng)
     relief = relief if relief is None or not flip else relief[:, ::-1]
     targets, hidden, boxes, points, labels = [], [], [], [], []
-    for m, cut in found:
+    for m, beyond in found:
         m = m[:, ::-1] if flip else m
         small = np.asarray(PILImage.fromarray(m).convert("L").resize((w, h), PILImage.Resampling.BOX)) / np.float32(255)
         if small.sum() < 24:
@@ -158,9 +158,9 @@ def view(
         if not len(ys):
             continue
         box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float32) / side
-        xy, sign = _prompt(square > 0.5, box, boxes_share if cut < MOST_CUT else 0, rng)
+        xy, sign = _prompt(square > 0.5, box, boxes_share if beyond < (MOST_CUT - 1) * m.sum() else 0, rng)
         targets.append(square.reshape(side // stride, stride, side // stride, stride).mean((1, 3)))
-        hidden.append(targets[-1].sum() * (cut - 1))
+        hidden.append(beyond * h * w / m.size / stride**2)
         boxes.append(box)
         points.append(xy * PROMPT_SIDE)
         labels.append(sign)

@@ -25,7 +25,7 @@ REFINEMENTS = {
     "amr": "a second pass with points on the rim of a broken or ragged mask, else in its middle, kept if its predicted IoU is higher",
     "amr-prose": "likewise, but a broken mask gets its points in the middle",
     "rim": "likewise, but always with points on the rim, and as not belonging to the object",
-    "scales": "for boxes, the mean of the answers from near and from the whole picture; with zoom, at up to twice the time",
+    "scales": "for boxes on crops, the mean with the answer from the whole picture, which is looked at once more",
     "mirror": "the mean of the answers to the picture and to its mirror image, at twice the time",
 }
 

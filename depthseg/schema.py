@@ -272,7 +272,11 @@ class Frame:
         y, x = (axis.reach(hit[0], hit[-1]) if len(hit) else slice(0, 0) for axis, hit in zip(axes, hits))
         if y.start == y.stop or x.start == x.stop:  # nothing, or in the padding alone
             return Crop(np.zeros((1, 1), bool), (0, 0), self.size)
-        return Crop(self.logits(low, y, x) > 0, (x.start, y.start), self.size)
+        return Crop(self.inside(self.logits(low, y, x)), (x.start, y.start), self.size)
+
+    def inside(self, logits: Array) -> Array:
+        """Which logits are the mask's."""
+        return logits > 0
 
 
 @lru_cache(maxsize=64)
@@ -319,7 +323,10 @@ class StretchedFrame(Frame):
         return (_bicubic(s, w)[columns or slice(w)] @ (_bicubic(s, h)[rows or slice(h)] @ low).T).T
 
     def crop(self, low: Array) -> Crop:
-        return Crop(self.logits(low) >= 0, (0, 0), self.size)  # everywhere: a cubic may be positive beside negative numbers
+        return Crop(self.inside(self.logits(low)), (0, 0), self.size)  # everywhere: a cubic may be positive beside negative numbers
+
+    def inside(self, logits: Array) -> Array:
+        return logits >= 0
 
 
 class GreyFrame(Frame):

@@ -66,7 +66,7 @@ class Segmenter(Predictor):
             self.network = Mirrored(self.network)
         self.zoom = self.network.zoom_side < self.network.side if plan.zoom is None else plan.zoom
         if plan.refine == "scales" and not self.zoom:
-            raise DepthsegError("the refinement scales needs a look from near, too", "Add --zoom, or use --refine mirror.")
+            raise DepthsegError("the refinement scales needs looks from near, too", "Add --zoom, or use --refine mirror.")
         self.source = source if source is not None else self._build_source(images_json)
         self.depth = depth if depth is not None else self._build_depth()
         self.notes += catalog.terms(self._chosen_rows)

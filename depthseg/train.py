@@ -76,7 +76,7 @@ def train(
     count = _length(plan, stage.epochs, steps)
     told = {**asdict(plan), "maps_of": maps_of(plan.depth_maps), "samples": learner.task.order.count}
     if resume and last.exists():
-        if (begun := _same_run(told, out)) != __version__:
+        if (begun := _same_run(told, out)) not in (None, __version__):
             tell("note", {"version": f"the run began with depthseg {begun}, and goes on as {__version__} computes"})
         learner.load(_state(last, learner.device))
     elif world.rank == 0:
@@ -117,7 +117,7 @@ def _state(path: Path, device: torch.device) -> dict[str, Any]:
         raise DepthsegError(f"{path} cannot be read ({str(error)[:120]})", how) from error
 
 
-def _same_run(told: dict[str, Any], out: Path) -> str:
+def _same_run(told: dict[str, Any], out: Path) -> str | None:
     """The version that a run began with. Refuses to go on with other options or samples; what only steers its course may change."""
     try:
         before = json.loads((out / "plan.json").read_text())
@@ -125,11 +125,11 @@ def _same_run(told: dict[str, Any], out: Path) -> str:
             raise ValueError("no object")
     except (OSError, ValueError) as e:
         raise DepthsegError(f"{out} has a checkpoint but no readable plan.json", "Start anew in another --output.") from e
-    now = json.loads(json.dumps(told))
+    now = json.loads(json.dumps({**told, "samples": told["samples"] if "samples" in before else None}))  # 0.2.0 did not note it
     differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in FREE and before.get(k) != v]
     if differ:
         raise DepthsegError(f"{out} holds a run with other options: {', '.join(differ)}", "Use the same, or another --output.")
-    return str(before.get("version"))
+    return before.get("version")
 
 
 def _validated(validation: Validation, learner: Learner, out: Path) -> dict[str, float]:

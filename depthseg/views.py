@@ -71,13 +71,16 @@ class View:
         return Crop(crop.pixels, (left + x, top + y), self.canvas)
 
 
+Logits = tuple[Frame, Array, float]  # of one prompt: how its view lies in the input, low-resolution logits (s, s), predicted IoU
+
+
 class Encoded(NamedTuple):
     """Features of some views, with what it takes to ask about them. Held by the caller, never by the Segmenter."""
 
     features: Any  # what the network's encode gave
     views: list[View]
     frames: list[Frame]
-    afar: Sequence[tuple[Frame, Array, float]] = ()  # of each view's one prompt, what the whole picture says: frame, logits, IoU
+    wholes: Sequence[Logits] = ()  # of each view's one prompt, what its whole picture says, where the mean of both is wanted
 
 
 def fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:

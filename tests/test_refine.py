@@ -168,15 +168,20 @@ def test_scales_are_the_mean_of_the_crop_and_the_whole_picture():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     images = [View(rng.integers(0, 255, (h, w, 3), dtype=np.uint8), None, (h, w), size=(h, w)) for h, w in ((90, 140), (150, 80))]
-    boxes = [np.array([[50, 20, 90, 60], [0, 0, 30, 88]], np.float32), np.array([[10, 30, 60, 149]], np.float32)]
+    many = [[5 + 4 * i, 10, 25 + 5 * i, 40 + i] for i in range(9)]  # more than one call's crops
+    boxes = [np.array([[50, 20, 90, 60], [0, 0, 30, 88], *many], np.float32), np.array([[10, 30, 60, 149]], np.float32)]
     asked = [Prompts.of(boxes=b) for b in boxes]
     row = catalog.MODELS["nano"]
     network = catalog.resolve(row)(**row.args).eval()
     network.specks = 0.0
-    both = Segmenter(Plan(model="nano", refine="scales", batch=1), network=network, source=lambda images: [])
+    both = Segmenter(Plan(model="nano", refine="scales", batch=1, prompt_batch=2), network=network, source=lambda images: [])
     near = Segmenter(Plan(model="nano"), network=network, source=lambda images: [])
     found = both.masks_for(images, asked)
-    assert [len(those) for those in found] == [2, 1]
+    assert [[a.prompt for a in those] for those in found] == [list(range(len(b))) for b in boxes]
+    both.edges_on_device = near.edges_on_device = True  # as on a card: there, too, crops that show all of a picture are no plain ones
+    for own, those in zip(both.masks_for(images, asked), found, strict=True):
+        assert [(a.rle, a.predicted_iou) for a in own] == [(a.rle, a.predicted_iou) for a in those]
+    both.edges_on_device = near.edges_on_device = False
 
     def logits(view, box, side):
         """float32 (h, w) of one view alone."""
@@ -199,7 +204,7 @@ def test_scales_are_the_mean_of_the_crop_and_the_whole_picture():
     clicks = [Prompts.of(points=np.array([[[50, 40]]], np.float32))] * 2  # are answered as without it
     same = [[(a.rle, a.predicted_iou) for a in those] for s in (both, near) for those in s.masks_for(images, clicks)]
     assert same[:2] == same[2:]
-    with pytest.raises(DepthsegError, match="needs a look from near"):
+    with pytest.raises(DepthsegError, match="needs looks from near"):
         Segmenter(Plan(model="nano", refine="scales", zoom=False), network=network, source=lambda images: [])
 
 

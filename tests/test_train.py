@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_its_own_samples_and_tells_of_another_version(tmp_pat
     write_sample(data, 9)
     with pytest.raises(DepthsegError, match=r"other options: samples \(was 4, is 5\)"):
         train(_plan(data, out, steps=3), resume=True)
-    (data / "sa_9.jpg").unlink()
+    (out / "plan.json").write_text(json.dumps({k: v for k, v in begun.items() if k != "samples"} | {"version": "0.0.1"}))
     notes = []
     train(_plan(data, out, steps=3), resume=True, tell=lambda kind, values: notes.append(values) if kind == "note" else None)
     assert any("began with depthseg 0.0.1" in note.get("version", "") for note in notes)
@@ -399,6 +399,23 @@ def test_the_next_click_goes_where_the_answer_is_most_wrong() -> None:
     assert all(5 <= v <= 8 for v in (xy[2] * 20).tolist()), "a perfect answer is clicked inside once more"
 
 
+def test_what_a_view_hides_counts_for_clicks_alone(root) -> None:
+    """A box asks for what is seen; after a click, an answer that cannot show all of what is meant is a bad one."""
+    torch.manual_seed(0)
+    loss = MaskLoss(build("nano", depth=False).eval(), 4, 2, direct=False)
+    target = torch.zeros(1, 80, 80)
+    target[:, 20:50, 30:60] = 1
+    common = {"rgb": torch.randn(1, 3, 160, 160), "owner": torch.zeros(1, dtype=int), "rounds": torch.tensor(0), "target": target,
+              "dither": torch.zeros(1), "boxes": torch.tensor([[30.0, 20, 60, 50]]) / 80}  # fmt: skip
+    box = {"points": torch.tensor([[[384.0, 256], [768, 640]]]), "labels": torch.tensor([[CORNER_MIN, CORNER_MAX]])}
+    click = {"points": torch.tensor([[[576.0, 448], [0, 0]]]), "labels": torch.tensor([[POSITIVE, PADDING]])}
+    with torch.no_grad():
+        for prompt, counts in ((box, False), (click, True)):
+            all_seen, half = (loss({**common, **prompt, "hidden": torch.tensor([n])})[0] for n in (0.0, 900.0))
+            assert all_seen["true_iou"] > 0.05
+            assert (half["true_iou"] < 0.95 * all_seen["true_iou"]) == counts == bool(half["iou"] != all_seen["iou"])
+
+
 def test_interactive_rounds_add_clicks_to_clicks_only(root) -> None:
     network = build("nano", depth=False)
     loss = MaskLoss(network, 1, 1, direct=False)
@@ -596,7 +613,7 @@ def test_distillation_from_a_network_of_the_catalog(root, tmp_path) -> None:
 def test_the_time_left_counts_from_the_first_word(monkeypatch, capsys) -> None:
     """Loading and the steps before it tell nothing of the speed, and a resumed run does not begin at zero."""
     clock = iter([100.0, 110.0])  # a tenth of the run in ten seconds
-    monkeypatch.setattr(train_cli.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train_cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with train_cli._shown() as tell:
         tell("log", {"step": 1, "done": 0.5})
         tell("log", {"step": 2, "done": 0.6})

@@ -84,7 +84,7 @@ class MaskSource:
 
 
 class MaskLoss(nn.Module):
-    """Eq. 3's five terms for one batch of MaskSource by name, and the IoU of the masks; sums over its prompts."""
+    """Eq. 3's five terms for one batch of MaskSource by name, and the IoU that the masks have; sums over its prompts."""
 
     def __init__(self, network: DepthSeg, mask: float, dice: float, direct: bool):
         super().__init__()
