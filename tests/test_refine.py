@@ -179,8 +179,8 @@ def test_scales_are_the_mean_of_the_crop_and_the_whole_picture():
     found = both.masks_for(images, asked)
     assert [[a.prompt for a in those] for those in found] == [list(range(len(b))) for b in boxes]
     both.edges_on_device = True  # as on a card: there, too, a crop that shows all of a picture is no plain one
-    (alone,) = both.masks_for(images[1:], asked[1:])
-    assert [(a.rle, a.predicted_iou) for a in alone] == [(a.rle, a.predicted_iou) for a in found[1]]
+    ((alone,),) = both.masks_for(images[1:], asked[1:])
+    assert np.count_nonzero(masks.decode(alone.rle) ^ masks.decode(found[1][0].rle)) <= 2
     both.edges_on_device = False
 
     def logits(view, box, side):
