@@ -3,7 +3,6 @@
 A view is what inference sees too: part of a picture laid into the encoder's square by `Frame`. NumPy and Pillow only.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,11 +13,9 @@ from scipy import ndimage
 
 from depthseg import masks
 from depthseg.sa1b import Sample
-from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, ZOOM_LEAST, Array, Frame
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Array, Frame
 
 MAX_CLICKS = 10
-NEAR = 0.25  # share of the crops that are too near to show all of what is asked for, if that is larger than ZOOM_LEAST
-MOST_CUT = 1.25  # what is this much larger than its visible part, is asked for by clicks alone: nobody draws a box around a part
 TOKENS = MAX_CLICKS + 1  # and SAM's padding token
 
 
@@ -29,32 +26,23 @@ class View:
     rgb: Array  # (3, S, S) float32 normalised
     depth: Array | None  # (3, S, S)
     target: Array  # (P, s, s) float32 0..1: share of each cell of the network's masks that the mask covers
-    hidden: Array  # (P,) float32, cells: what of the mask lies beyond the view
     boxes: Array  # (P, 4) true boxes, xyxy in 0..1 of the square
     points: Array  # (P, TOKENS, 2) in the 1024 frame
     labels: Array  # (P, TOKENS)
     dither: Array  # (P,) float32 0..1, for choices that are made later
 
 
-def _window(rle: dict, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A square that shows a mask as inference does, cut to the picture: x0, y0, x1, y1.
-
-    Mostly 1.2 to 8 times as long as the mask's box (nine in ten under 4), with all of the box. Else around one of its pixels, 0.3 to 1.2
-    times as long: what a look from near at a click shows when the first answer was a part of what is meant.
-    """
-    h, w = rle["size"]
-    (box,) = masks.boxes([rle]).astype(int)
-    low, high = box[:2], box[2:]
-    longest = max(high - low)
-    if rng.random() < NEAR:
-        side = max(longest * np.exp(rng.uniform(np.log(0.3), np.log(1.2))), ZOOM_LEAST)
-        inside = np.argwhere(masks.decode(rle)[low[1] : high[1], low[0] : high[0]])[:, ::-1]
-        corner = low + inside[rng.integers(len(inside))] + 0.5 - side * rng.uniform(0.3, 0.7, 2)
-    else:
-        side = max(longest * np.exp(rng.uniform(np.log(1.2), np.log(4 if rng.random() < 0.9 else 8))), ZOOM_LEAST)
-        corner = low - (side - (high - low)) * rng.uniform(0.1, 0.9, 2)
-    left, top = (max(0, math.floor(v)) for v in corner)
-    return left, top, min(w, math.ceil(corner[0] + side)), min(h, math.ceil(corner[1] + side))
+def _window(box: Array, size: tuple[int, int], whole: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A square of 1.2 to 8 times the box around it (mostly under 4), cut to the picture; sometimes the whole picture."""
+    h, w = size
+    if rng.random() < whole:
+        return 0, 0, w, h
+    x0, y0, x1, y1 = box
+    side = max(x1 - x0, y1 - y0, 8) * np.exp(rng.uniform(np.log(1.2), np.log(4 if rng.random() < 0.9 else 8)))
+    slack = np.array([side - (x1 - x0), side - (y1 - y0)]).clip(0)
+    left = int(max(0, x0 - slack[0] * rng.uniform(0.1, 0.9)))
+    top = int(max(0, y0 - slack[1] * rng.uniform(0.1, 0.9)))
+    return left, top, int(min(w, left + side)), int(min(h, top + side))
 
 
 def colour(x: Array, rng: np.random.Generator) -> Array:
@@ -120,25 +108,21 @@ def view(
     """A random view of the sample with up to `count` prompted masks, or None when the crop shows none large enough.
 
     stride: input pixels to one cell of the network's masks.
-    whole: how often the whole picture is shown. boxes_share: of the masks that the view does not cut off, the share prompted with a box.
+    whole: how often the whole picture is shown. boxes_share: share of the masks prompted with a box, the rest with clicks.
     """
     areas = masks.area(sample.rles).astype(float)
     if not areas.any():
         return None
     chance = areas**0.25  # neither the largest nor the most numerous masks shall rule
     focus = int(rng.choice(len(areas), p=chance / chance.sum()))
-    height, width = sample.pixels.shape[:2]
-    x0, y0, x1, y1 = (0, 0, width, height) if rng.random() < whole else _window(sample.rles[focus], rng)
+    x0, y0, x1, y1 = _window(masks.boxes([sample.rles[focus]])[0], sample.pixels.shape[:2], whole, rng)
     crop = np.s_[y0:y1, x0:x1]
     picked = [focus, *rng.permutation([i for i in range(len(areas)) if i != focus])[: 4 * count]]
-    shown = ((i, masks.decode(sample.rles[i])[crop]) for i in picked)  # no more than are needed
-    found: Iterator[tuple[Array, float]] = ((m, areas[i] - m.sum()) for i, m in shown if m.any())  # with its pixels beyond the view
+    found: Iterator[Array] = (m for m in (masks.decode(sample.rles[i])[crop] for i in picked) if m.any())  # no more than are needed
     pixels, relief = sample.pixels[crop], None if depth is None else depth[crop]
     if other is not None:
-        first = list(islice(found, count + 2))
-        pixels, relief, below = _paste(pixels, relief, [m for m, _ in first], other, rng)
-        beyond = [*(n for _, n in first), 0.0][: len(below)]
-        found = iter([(below[-1], beyond[-1]), *zip(below[:-1], beyond)])  # the pasted object is asked for
+        pixels, relief, below = _paste(pixels, relief, list(islice(found, count + 2)), other, rng)
+        found = iter([below[-1], *below[:-1]])  # the pasted object is asked for
     flip = rng.random() < 0.5
     frame = Frame((pixels.shape[0], pixels.shape[1]), side)
     h, w = frame.inner
@@ -146,8 +130,8 @@ def view(
         pixels = np.asarray(PILImage.fromarray(pixels).resize((w, h), PILImage.Resampling.BILINEAR))
     pixels = colour(pixels[:, ::-1] if flip else pixels, rng)
     relief = relief if relief is None or not flip else relief[:, ::-1]
-    targets, hidden, boxes, points, labels = [], [], [], [], []
-    for m, beyond in found:
+    targets, boxes, points, labels = [], [], [], []
+    for m in found:
         m = m[:, ::-1] if flip else m
         small = np.asarray(PILImage.fromarray(m).convert("L").resize((w, h), PILImage.Resampling.BOX)) / np.float32(255)
         if small.sum() < 24:
@@ -158,9 +142,8 @@ def view(
         if not len(ys):
             continue
         box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float32) / side
-        xy, sign = _prompt(square > 0.5, box, boxes_share if beyond < (MOST_CUT - 1) * m.sum() else 0, rng)
+        xy, sign = _prompt(square > 0.5, box, boxes_share, rng)
         targets.append(square.reshape(side // stride, stride, side // stride, stride).mean((1, 3)))
-        hidden.append(beyond * h * w / m.size / stride**2)
         boxes.append(box)
         points.append(xy * PROMPT_SIDE)
         labels.append(sign)
@@ -171,7 +154,7 @@ def view(
     return View(
         Frame((pixels.shape[0], pixels.shape[1]), side).image(np.ascontiguousarray(pixels)),
         None if relief is None else frame.depth(np.ascontiguousarray(relief)),
-        np.stack(targets), np.array(hidden, np.float32), np.stack(boxes), np.stack(points).astype(np.float32), np.stack(labels),
+        np.stack(targets), np.stack(boxes), np.stack(points).astype(np.float32), np.stack(labels),
         rng.random(len(targets)).astype(np.float32),
     )  # fmt: skip
 

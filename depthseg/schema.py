@@ -28,7 +28,6 @@ IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # RGB, of 0..1
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 GREY = 114 / 255  # YOLO's padding
 PROMPT_SIDE = 1024  # prompts live in a 1024 frame, whatever the encoder's input (EfficientViT-SAM, SAM)
-ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ The paper (Sec. 3.2, 4.1) gives two stages of 2 epochs, batch 4, 4 masks per ima
 - direct: mask and dice loss of the masks decoded after the first of the decoder's two blocks (an intermediate prediction that needs no
   new parameter). aux: 1 - dice between the edges of prediction and truth (the paper calls it boundary-focused).
 - iou: squared error of the predicted IoU of all candidates that a prompt asks for (upstream does not train it; masks could not rank).
-  For clicks, what the view cuts off of the true mask counts in its union: from too near no answer is right, and must not rank as if.
-- Prompts: half boxes, half 1 to 10 clicks with negatives among the later ones; clicks alone for what the view cuts off. Interactive
-  rounds: in each step up to `rounds` more clicks go where the network's own answer is most wrong, as the evaluation places them
-  (upstream trains neither; the paper's gain at 3 and 5 clicks lies there).
-- Views: crops around an object as `zoom` asks for them, a quarter of them too near to show all of a larger thing, and whole pictures
-  at the native input, where clicks are asked: a click means a smaller thing in a larger picture. Networks of one size see whole
-  pictures only. All are flipped at random and change their colours, one in ten turns grey (upstream only flips).
+- Prompts: half boxes, half 1 to 10 clicks with negatives among the later ones. Interactive rounds: in each step up to `rounds` more
+  clicks go where the network's own answer is most wrong, as the evaluation places them (upstream trains neither; the paper's
+  gain at 3 and 5 clicks lies there).
+- Views: crops around an object as `zoom` asks for them, and whole pictures at the native input, where clicks are asked: a click
+  means a smaller thing in a larger picture. Networks of one size see whole pictures only. All are flipped at random and change their
+  colours, one in ten turns grey (upstream only flips).
 - BatchNorm: "batch" computes with each micro-batch's statistics (across processes on CUDA) and keeps their mean; "frozen" computes with
   the kept ones, so that neither accumulation nor the number of processes changes a result. Frozen where a trained network is tuned in
   batches of four: their statistics say little. Parts that do not learn are always frozen.
@@ -40,7 +39,7 @@ class Stage:
     epochs: float = 2
     batch: int = 4  # images in one step, over all processes
     masks: int = 4  # per image
-    boxes_share: float = 0.5  # of the masks that the view shows whole, the share prompted with a box
+    boxes_share: float = 0.5
     paste: float = 0.0  # how often an object of another image is laid over the crop
     rounds: int = 0  # clicks that answer the network's own errors, at most
     alpha: float | None = None  # value to start from
@@ -90,7 +89,7 @@ class TrainPlan:
     micro_batch: int | None = None  # images that one process computes at once; None: its whole share of the batch
     masks: int | None = None
     lr: float | None = None
-    boxes_share: float | None = None
+    boxes_share: float | None = None  # share of the masks prompted with a box
     rounds: int | None = None
     batchnorm: str | None = None
     losses: dict[str, float] = field(default_factory=dict)  # weights in place of the stage's own

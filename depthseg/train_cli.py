@@ -92,12 +92,7 @@ def train(
     ] = None,
     boxes_share: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Of the masks that a view shows whole, the share prompted with a box; the rest with clicks.",
-            rich_help_panel=LEARNING,
-        ),
+        typer.Option(min=0, max=1, help="Share of the masks prompted with a box; the rest with clicks.", rich_help_panel=LEARNING),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=0, help="Clicks that answer the network's own errors, at most.", rich_help_panel=LEARNING)

@@ -17,7 +17,6 @@ from depthseg.schema import (
     NEGATIVE,
     POSITIVE,
     PROMPT_SIDE,
-    ZOOM_LEAST,
     Array,
     Boxes,
     Crop,
@@ -28,6 +27,7 @@ from depthseg.schema import (
 )
 
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
+ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
 LOOKS = 2  # at crops around the answer to clicks, after the one at the whole picture: a third adds nothing
 
 

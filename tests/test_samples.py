@@ -10,10 +10,10 @@ import pytest
 from conftest import write_sample
 from PIL import Image as PILImage
 
-from depthseg import augment, masks, sa1b
+from depthseg import masks, sa1b
 from depthseg.augment import view
 from depthseg.errors import DepthsegError
-from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, ZOOM_LEAST
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE
 from depthseg.tasks.batches import Order
 from depthseg.tasks.depth import DepthSource
 
@@ -137,44 +137,6 @@ def test_views_keep_prompt_and_mask_together(root) -> None:
                     assert t[y, x] > 0 if s == POSITIVE else t[y, x] < 1
                     seen.add(int(s))
     assert seen == {"box", POSITIVE, NEGATIVE}
-
-
-def test_a_view_from_too_near_knows_what_it_hides(monkeypatch) -> None:
-    """Four pixels to a cell: of a square of 40 x 40 a quarter is seen, another of 20 x 10 whole, both partly under what is pasted."""
-    large, small = np.zeros((2, 100, 120), bool)
-    large[:40, 20:60] = True
-    small[40:60, 60:70] = True
-    sample = sa1b.Sample("a", np.zeros((100, 120, 3), np.uint8), [masks.encode(large), masks.encode(small)])
-    monkeypatch.setattr(augment, "_window", lambda rle, rng: (40, 20, 88, 68))
-    hidden = {400: 300.0, 200: 0.0}  # pixels seen: cells not seen
-    kinds = set()
-    for seed in range(12):
-        v = view(sample, None, None, 48, 2, 2, 0.0, 1.0, np.random.default_rng(seed))
-        for t, beyond, labels in zip(v.target, v.hidden, v.labels, strict=True):
-            seen = round(4 * float(t.sum()))
-            assert hidden[seen] == beyond and (CORNER_MIN in labels) == (beyond == 0)  # clicks for what is cut, here boxes for all else
-            kinds.add(seen)
-        v = view(sample, None, (sample, None), 48, 2, 4, 0.0, 1.0, np.random.default_rng(seed))
-        assert v.hidden[0] == 0 or len(v.hidden) < 3  # what was pasted comes first
-        assert set(v.hidden) <= {0.0, 300.0}  # a paste takes nothing from what lies beyond the view
-    assert kinds == {400, 200}
-    assert not view(sample, None, None, 48, 2, 2, 1.0, 1.0, np.random.default_rng(0)).hidden.any()  # the whole picture hides nothing
-
-
-def test_windows_are_no_smaller_than_those_of_inference_and_show_what_is_asked() -> None:
-    rng = np.random.default_rng(0)
-    near = 0
-    for size in (6, 20, 90):
-        mask = np.zeros((200, 300), bool)
-        mask[70 : 70 + size, 100 : 100 + size] = True
-        for _ in range(100):
-            x0, y0, x1, y1 = augment._window(masks.encode(mask), rng)
-            assert x0 >= 0 and y0 >= 0 and x1 <= 300 and y1 <= 200 and mask[y0:y1, x0:x1].any()
-            assert (x1 - x0 >= ZOOM_LEAST or x0 == 0 or x1 == 300) and (y1 - y0 >= ZOOM_LEAST or y0 == 0 or y1 == 200)
-            cut = mask[y0:y1, x0:x1].sum() < size * size
-            assert not cut or size > 6
-            near += cut and size == 90
-    assert 15 < near < 35  # a quarter
 
 
 def test_an_epoch_shows_each_sample_once() -> None:

@@ -399,23 +399,6 @@ def test_the_next_click_goes_where_the_answer_is_most_wrong() -> None:
     assert all(5 <= v <= 8 for v in (xy[2] * 20).tolist()), "a perfect answer is clicked inside once more"
 
 
-def test_what_a_view_hides_counts_for_clicks_alone(root) -> None:
-    """A box asks for what is seen; after a click, an answer that cannot show all of what is meant is a bad one."""
-    torch.manual_seed(0)
-    loss = MaskLoss(build("nano", depth=False).eval(), 4, 2, direct=False)
-    target = torch.zeros(1, 80, 80)
-    target[:, 20:50, 30:60] = 1
-    common = {"rgb": torch.randn(1, 3, 160, 160), "owner": torch.zeros(1, dtype=int), "rounds": torch.tensor(0), "target": target,
-              "dither": torch.zeros(1), "boxes": torch.tensor([[30.0, 20, 60, 50]]) / 80}  # fmt: skip
-    box = {"points": torch.tensor([[[384.0, 256], [768, 640]]]), "labels": torch.tensor([[CORNER_MIN, CORNER_MAX]])}
-    click = {"points": torch.tensor([[[576.0, 448], [0, 0]]]), "labels": torch.tensor([[POSITIVE, PADDING]])}
-    with torch.no_grad():
-        for prompt, counts in ((box, False), (click, True)):
-            all_seen, half = (loss({**common, **prompt, "hidden": torch.tensor([n])})[0] for n in (0.0, 900.0))
-            assert all_seen["true_iou"] > 0.05
-            assert (half["true_iou"] < 0.95 * all_seen["true_iou"]) == counts == bool(half["iou"] != all_seen["iou"])
-
-
 def test_interactive_rounds_add_clicks_to_clicks_only(root) -> None:
     network = build("nano", depth=False)
     loss = MaskLoss(network, 1, 1, direct=False)

@@ -76,7 +76,7 @@ class MaskSource:
             "owner": np.repeat(np.arange(len(items)), [len(v.labels) for v in items]),
             "rounds": np.array(setting.rounds),
             "dither": np.concatenate([v.dither for v in items]),
-            **{k: np.concatenate([getattr(v, k) for v in items]) for k in ("target", "hidden", "boxes", "points", "labels")},
+            **{k: np.concatenate([getattr(v, k) for v in items]) for k in ("target", "boxes", "points", "labels")},
         }
         if self.with_depth:
             out["depth"] = np.stack([v.depth for v in items if v.depth is not None])
@@ -84,7 +84,7 @@ class MaskSource:
 
 
 class MaskLoss(nn.Module):
-    """Eq. 3's five terms for one batch of MaskSource by name, and the IoU that the masks have; sums over its prompts."""
+    """Eq. 3's five terms for one batch of MaskSource by name, and the IoU of the masks; sums over its prompts."""
 
     def __init__(self, network: DepthSeg, mask: float, dice: float, direct: bool):
         super().__init__()
@@ -111,9 +111,7 @@ class MaskLoss(nn.Module):
         mask, dice = cells(logits)
         with torch.no_grad():
             cost = self.mask * mask + self.dice * dice
-            # a box asks for what is seen; a click may mean more, and the answer that shows all of it shall rank before one that cannot
-            hidden = batch["hidden"] * (labels != CORNER_MIN).all(1)
-            truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None], hidden[:, None])
+            truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None])
         rows = torch.arange(p, device=labels.device)
         out: Batch = {}
         for group in groups:
