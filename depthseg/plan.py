@@ -25,7 +25,6 @@ REFINEMENTS = {
     "amr": "a second pass with points on the rim of a broken or ragged mask, else in its middle, kept if its predicted IoU is higher",
     "amr-prose": "likewise, but a broken mask gets its points in the middle",
     "rim": "likewise, but always with points on the rim, and as not belonging to the object",
-    "scales": "for boxes on crops, the mean with the answer from the whole picture, which is looked at once more",
     "mirror": "the mean of the answers to the picture and to its mirror image, at twice the time",
 }
 
@@ -78,7 +77,7 @@ class Plan:
         if self.refine_rounds < 1 or self.refine_points < 1:
             raise DepthsegError("a refinement has one round and one point at least", "Use --refine none to have none.")
         limits = ("refine_rounds", "refine_points", "refine_below")
-        if self.refine in ("none", "scales", "mirror") and any(getattr(self, name) != getattr(Plan, name) for name in limits):
+        if self.refine in ("none", "mirror") and any(getattr(self, name) != getattr(Plan, name) for name in limits):
             raise DepthsegError(f"the refinement {self.refine} has no second pass with rounds, points or limits", "Add --refine amr.")
         if self.boxes and self.points:
             raise DepthsegError("boxes and points are both given", "Give one of them.")

@@ -18,7 +18,7 @@ from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
-from depthseg.views import LOOKS, Answer, Encoded, Logits, View, around, fit, is_boxed, is_clicked, on_crop, rows_of
+from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, on_crop, rows_of
 
 Seconds = defaultdict[str, float]  # by stage
 
@@ -54,9 +54,9 @@ class Predictor:
         spent = defaultdict(float) if spent is None else spent
         answers: list[list[Answer]] = [[] for _ in views]
         zoomed = [self.zoom & is_boxed(p) for p in asked]  # bool (P,) for each view
-        others = [(v, np.flatnonzero(~z)) for v, z in enumerate(zoomed) if not z.all()]
-        for start in range(0, len(others), self.plan.batch):
-            some = others[start : start + self.plan.batch]
+        wholes = [(v, np.flatnonzero(~z)) for v, z in enumerate(zoomed) if not z.all()]
+        for start in range(0, len(wholes), self.plan.batch):
+            some = wholes[start : start + self.plan.batch]
             encoded = self.encode([views[v] for v, _ in some], self.network.side, spent)
             questions = [rows_of(asked[v], rows) for v, rows in some]
             found = self.decode(encoded, questions, strict and not self.zoom, spent, every=self.zoom and not strict)
@@ -64,8 +64,7 @@ class Predictor:
                 answers[v] += [a._replace(prompt=int(rows[a.prompt])) for a in those]
         boxed = [(v, int(i)) for v, z in enumerate(zoomed) for i in np.flatnonzero(z)]
         boxes = [around(asked[v], i) for v, i in boxed]
-        wholes = self._on_wholes(views, asked, boxed, spent) if self.plan.refine == "scales" else None
-        for (v, _), those in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent, wholes)):
+        for (v, _), those in zip(boxed, self._on_crops(views, asked, boxed, boxes, strict, spent)):
             answers[v] += those
         return self.closer(views, asked, answers, strict, spent)
 
@@ -108,41 +107,15 @@ class Predictor:
         boxes: Sequence[Array],
         strict: bool,
         spent: Seconds | None,
-        wholes: dict[tuple[int, int], Logits] | None = None,
     ) -> Iterator[list[Answer]]:
-        """The answer to each of the prompts `which` (view, row), asked on a crop around its box; none where `strict` drops it.
-
-        wholes: what `_on_wholes` gave for them, where the mean of both is wanted.
-        """
+        """The answer to each of the prompts `which` (view, row), asked on a crop around its box; none where `strict` drops it."""
         size = self.plan.batch * (self.network.side // self.network.zoom_side) ** 2  # one call has the pixels of a batch of wholes
         for start in range(0, len(which), size):
             some = which[start : start + size]
             crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
             questions = [on_crop(asked[v], i, crop) for (v, i), crop in zip(some, crops)]
-            encoded = self.encode(crops, self.network.zoom_side, spent)
-            if wholes:
-                encoded = encoded._replace(wholes=[wholes[key] for key in some])
-            found = self.decode(encoded, questions, strict, spent)
+            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent)
             yield from ([a._replace(prompt=i) for a in those] for (_, i), those in zip(some, found))
-
-    def _on_wholes(
-        self, views: Sequence[View], asked: Sequence[Prompts], which: Sequence[tuple[int, int]], spent: Seconds | None
-    ) -> dict[tuple[int, int], Logits]:
-        """What whole pictures say to the prompts `which` (view, row), by view and row."""
-        rows: defaultdict[int, list[int]] = defaultdict(list)
-        for v, i in which:
-            rows[v].append(i)
-        out = {}
-        for start in range(0, len(rows), self.plan.batch):
-            some = list(rows)[start : start + self.plan.batch]
-            encoded = self.encode([views[v] for v in some], self.network.side, spent)
-            questions = [rows_of(asked[v], np.array(rows[v])) for v in some]
-            for chunk, multimask in self._calls(questions):
-                with self.timed(spent, "decode"), inference(self.device, self.precision):
-                    low, ious = (t.cpu().numpy() for t in self._best(encoded, questions, chunk, multimask))
-                for (n, i), logits, iou in zip(chunk, low, ious.tolist()):
-                    out[some[n], rows[some[n]][i]] = encoded.frames[n], logits, iou
-        return out
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
         """Features of the views, in one encoder call with an input of `side` pixels."""
@@ -164,57 +137,46 @@ class Predictor:
         plan = self.plan
         limits = (plan.min_predicted_iou, plan.min_stability)
         least_iou, least_stability = (own if given is None else given for given, own in zip(limits, self.network.grid_limits))
-        answers: list[list[Answer]] = [[] for _ in asked]
-        for chunk, multimask in self._calls(asked):
-            with self.timed(spent, "decode"), inference(self.device, self.precision):
-                tensors = self._best(encoded, asked, chunk, multimask, every and plan.refine not in refine.RULES)
-            chunk = [pair for pair in chunk for _ in range(len(tensors[1]) // len(chunk))]
-            if self.edges_on_device and not strict and self._plain(encoded):
-                with self.timed(spent, "masks"), torch.inference_mode():
-                    for v, answer in _on_device(encoded, chunk, *tensors):
-                        answers[v].append(answer)
-                continue
-            low, ious = (t.cpu().numpy() for t in tensors)
-            if plan.refine in refine.RULES:
-                with self.timed(spent, "refine"), inference(self.device, self.precision):
-                    self._again(encoded, asked, chunk, low, ious)
-            with self.timed(spent, "masks"):
-                for (v, i), logits, iou in zip(chunk, low, ious.tolist()):
-                    frame, view = encoded.frames[v], encoded.views[v]
-                    h, w = frame.valid(len(logits))
-                    stability = float(masks.stability(logits[None, :h, :w])[0])
-                    iou = (iou + encoded.wholes[v][2]) / 2 if encoded.wholes else iou
-                    if strict and (iou < least_iou or stability < least_stability):
-                        continue
-                    mask = view.paste(self._enlarged(encoded, v, logits))
-                    mask = masks.clean_crop(mask, plan.min_region) if strict else mask
-                    answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
-        return [sorted(found, key=lambda a: a.prompt) for found in answers]
-
-    def _calls(self, asked: Sequence[Prompts]) -> Iterator[tuple[list[tuple[int, int]], bool]]:
-        """The prompts (view, row) of each decoder call, all or none with a mask input; and whether three candidates answer them."""
         groups: dict[tuple[bool, bool], list[tuple[int, int]]] = {}  # (three candidates?, mask input?) -> view, row
         for v, p in enumerate(asked):
             for i in range(len(p)):
                 groups.setdefault((self.multimask(p.labels[i]), p.masks is not None), []).append((v, i))
+        answers: list[list[Answer]] = [[] for _ in asked]
         for (multimask, _), flat in groups.items():
-            for start in range(0, len(flat), self.plan.prompt_batch):
-                yield flat[start : start + self.plan.prompt_batch], multimask
+            for start in range(0, len(flat), plan.prompt_batch):
+                chunk = flat[start : start + plan.prompt_batch]
+                with self.timed(spent, "decode"), inference(self.device, self.precision):
+                    tensors = self._best(encoded, asked, chunk, multimask, every and plan.refine not in refine.RULES)
+                chunk = [pair for pair in chunk for _ in range(len(tensors[1]) // len(chunk))]
+                if self.edges_on_device and not strict and self._plain(encoded):
+                    with self.timed(spent, "masks"), torch.inference_mode():
+                        for v, answer in _on_device(encoded, chunk, *tensors):
+                            answers[v].append(answer)
+                    continue
+                low, ious = (t.cpu().numpy() for t in tensors)
+                if plan.refine in refine.RULES:
+                    with self.timed(spent, "refine"), inference(self.device, self.precision):
+                        self._again(encoded, asked, chunk, low, ious)
+                with self.timed(spent, "masks"):
+                    for (v, i), logits, iou in zip(chunk, low, ious.tolist()):
+                        frame, view = encoded.frames[v], encoded.views[v]
+                        h, w = frame.valid(len(logits))
+                        stability = float(masks.stability(logits[None, :h, :w])[0])
+                        if strict and (iou < least_iou or stability < least_stability):
+                            continue
+                        mask = view.paste(self._enlarged(frame, logits))
+                        mask = masks.clean_crop(mask, plan.min_region) if strict else mask
+                        answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
+        return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
     def _plain(self, encoded: Encoded) -> bool:
         """Whether masks are what their logits say, on whole pictures, by SAM's own two steps: then nothing keeps them on the host."""
-        as_they_are = not (self.network.specks or encoded.wholes) and self.plan.refine not in refine.RULES
+        as_they_are = not self.network.specks and self.plan.refine not in refine.RULES
         return as_they_are and all(type(f) is Frame and f.size == v.canvas for f, v in zip(encoded.frames, encoded.views))
 
-    def _enlarged(self, encoded: Encoded, v: int, logits: Array) -> Crop:
-        """The mask of low-resolution logits (s, s) on view `v`, without specks."""
-        frame = encoded.frames[v]
-        if encoded.wholes:
-            (x, y), (h, w), (whole, low, _) = encoded.views[v].corner, frame.size, encoded.wholes[v]
-            both = frame.logits(logits) + whole.logits(low, slice(y, y + h), slice(x, x + w))
-            mask = Crop(frame.inside(both), (0, 0), frame.size)
-        else:
-            mask = frame.crop(logits)
+    def _enlarged(self, frame: Frame, logits: Array) -> Crop:
+        """The mask of low-resolution logits (s, s) on its view, without specks."""
+        mask = frame.crop(logits)
         least = int(self.network.specks * np.count_nonzero(mask.pixels))
         return masks.clean_crop(mask, least, edges=False) if self.network.specks else mask
 
@@ -231,7 +193,7 @@ class Predictor:
             calls: dict[bool, list[int]] = {}
             for k in rows:
                 v, i = chunk[k]
-                mask = self._enlarged(encoded, v, low[k]).wider(1)  # with its rim
+                mask = self._enlarged(encoded.frames[v], low[k]).wider(1)  # with its rim
                 at = refine.points(mask.pixels, plan.refine, plan.refine_points) + mask.corner
                 if len(at):
                     clicks[v][i] = at

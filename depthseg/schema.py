@@ -255,11 +255,10 @@ class Frame:
         (h, w), (ih, iw) = self.size, self.prompt_inner
         return _upsampling(low, ih, h), _upsampling(low, iw, w)
 
-    def logits(self, low: Array, rows: slice | None = None, columns: slice | None = None) -> Array:
-        """Low-resolution logits (s, s) -> float32 (h, w) in original pixels, or in some rows and columns of them: SAM's post-processing."""
-        (h, w), axes = self.size, self._axes(len(low))
-        (down, y), (across, x) = (axis.part(some) for axis, some in zip(axes, (rows or slice(0, h), columns or slice(0, w))))
-        return (across @ (down @ low[y, x]).T).T
+    def logits(self, low: Array) -> Array:
+        """Low-resolution logits (s, s) -> float32 (h, w) in original pixels: SAM's post-processing."""
+        down, across = self._axes(len(low))
+        return (across.matrix @ (down.matrix @ low).T).T
 
     def crop(self, low: Array) -> Crop:
         """Low-resolution logits (s, s) -> exactly the pixels where `logits(low) > 0`, computed only where that can be.
@@ -271,11 +270,8 @@ class Frame:
         y, x = (axis.reach(hit[0], hit[-1]) if len(hit) else slice(0, 0) for axis, hit in zip(axes, hits))
         if y.start == y.stop or x.start == x.stop:  # nothing, or in the padding alone
             return Crop(np.zeros((1, 1), bool), (0, 0), self.size)
-        return Crop(self.inside(self.logits(low, y, x)), (x.start, y.start), self.size)
-
-    def inside(self, logits: Array) -> Array:
-        """Which logits are the mask's."""
-        return logits > 0
+        (down, rows), (across, columns) = (axis.part(reach) for axis, reach in zip(axes, (y, x)))
+        return Crop((across @ (down @ low[rows, columns]).T > 0).T, (x.start, y.start), self.size)
 
 
 @lru_cache(maxsize=64)
@@ -317,15 +313,12 @@ class StretchedFrame(Frame):
     def image(self, pixels: Array) -> Array:
         return (_sampled(pixels, self.inner) - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
 
-    def logits(self, low: Array, rows: slice | None = None, columns: slice | None = None) -> Array:
+    def logits(self, low: Array) -> Array:
         (h, w), s = self.size, low.shape[0]
-        return (_bicubic(s, w)[columns or slice(w)] @ (_bicubic(s, h)[rows or slice(h)] @ low).T).T
+        return (_bicubic(s, w) @ (_bicubic(s, h) @ low).T).T
 
     def crop(self, low: Array) -> Crop:
-        return Crop(self.inside(self.logits(low)), (0, 0), self.size)  # everywhere: a cubic may be positive beside negative numbers
-
-    def inside(self, logits: Array) -> Array:
-        return logits >= 0
+        return Crop(self.logits(low) >= 0, (0, 0), self.size)  # everywhere: a cubic may be positive beside negative numbers
 
 
 class GreyFrame(Frame):

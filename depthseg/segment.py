@@ -65,8 +65,6 @@ class Segmenter(Predictor):
         if plan.refine == "mirror":
             self.network = Mirrored(self.network)
         self.zoom = self.network.zoom_side < self.network.side if plan.zoom is None else plan.zoom
-        if plan.refine == "scales" and not self.zoom:
-            raise DepthsegError("the refinement scales needs looks from near, too", "Add --zoom, or use --refine mirror.")
         self.source = source if source is not None else self._build_source(images_json)
         self.depth = depth if depth is not None else self._build_depth()
         self.notes += catalog.terms(self._chosen_rows)

@@ -1,6 +1,5 @@
 """What the network looks at and what it answers: plain values that go from step to step of the segmenter."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -71,16 +70,12 @@ class View:
         return Crop(crop.pixels, (left + x, top + y), self.canvas)
 
 
-Logits = tuple[Frame, Array, float]  # of one prompt: how its view lies in the input, low-resolution logits (s, s), predicted IoU
-
-
 class Encoded(NamedTuple):
     """Features of some views, with what it takes to ask about them. Held by the caller, never by the Segmenter."""
 
     features: Any  # what the network's encode gave
     views: list[View]
     frames: list[Frame]
-    wholes: Sequence[Logits] = ()  # of each view's one prompt, what its whole picture says, where the mean of both is wanted
 
 
 def fit(logits: torch.Tensor, points: Array, labels: Array) -> torch.Tensor:

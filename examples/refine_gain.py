@@ -43,7 +43,7 @@ def main() -> None:
     ids, names = score.ids_of(data), list(dict.fromkeys(["none", *given.refine.split(",")]))
     sides = {}
     for name in names:
-        more = {} if name in ("none", "scales", "mirror") else {"refine_points": given.points}
+        more = {} if name in ("none", "mirror") else {"refine_points": given.points}
         sides[name] = Segmenter(Plan(model=given.model, zoom=given.zoom, refine=name, **more), network=network, source=lambda images: [])
     print(f"{given.model}, {len(data.truths)} images of {given.annotations.name}, 1 thread, fp32")
     for what, ask in (REQUESTS[prompt] for prompt in given.prompts.split(",")):

@@ -127,13 +127,7 @@ def test_rounds_points_and_limits():
     network = Growing()
     asked(network, refine="amr", refine_below=0.6)
     assert len(network.calls) == 2  # they are all surer than that
-    rounds, below, points = {"refine_rounds": 2}, {"refine_below": 0.5}, {"refine_points": 3}
-    for wrong in (
-        {"refine": "none", **rounds},
-        {"refine": "mirror", **below},
-        {"refine": "scales", **points},
-        {"refine": "amr", "refine_points": 0},
-    ):
+    for wrong in ({"refine": "none", "refine_rounds": 2}, {"refine": "mirror", "refine_below": 0.5}, {"refine": "amr", "refine_points": 0}):
         with pytest.raises(DepthsegError):
             Plan(**wrong)
     with pytest.raises(DepthsegError, match="no refinement is called"):
@@ -162,50 +156,6 @@ def test_the_mirror_of_the_mirror_image_is_the_answer_to_the_picture():
             assert not torch.allclose(one[0], single[0], atol=1e-3)
     assert torch.equal(mirrored(mirrored(points, labels), labels), points)
     assert mirrored(points, labels)[0, :2].tolist() == [[424, 200], [924, 700]]
-
-
-def test_scales_are_the_mean_of_the_crop_and_the_whole_picture():
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    images = [View(rng.integers(0, 255, (h, w, 3), dtype=np.uint8), None, (h, w), size=(h, w)) for h, w in ((90, 140), (150, 80))]
-    many = [[5 + 4 * i, 10, 25 + 5 * i, 40 + i] for i in range(9)]  # more than one call's crops
-    boxes = [np.array([[50, 20, 90, 60], [0, 0, 30, 88], *many], np.float32), np.array([[10, 30, 60, 149]], np.float32)]
-    asked = [Prompts.of(boxes=b) for b in boxes]
-    row = catalog.MODELS["nano"]
-    network = catalog.resolve(row)(**row.args).eval()
-    network.specks = 0.0
-    both = Segmenter(Plan(model="nano", refine="scales", batch=1, prompt_batch=2), network=network, source=lambda images: [])
-    near = Segmenter(Plan(model="nano"), network=network, source=lambda images: [])
-    found = both.masks_for(images, asked)
-    assert [[a.prompt for a in those] for those in found] == [list(range(len(b))) for b in boxes]
-    both.edges_on_device = True  # as on a card: there, too, a crop that shows all of a picture is no plain one
-    ((alone,),) = both.masks_for(images[1:], asked[1:])
-    assert np.count_nonzero(masks.decode(alone.rle) ^ masks.decode(found[1][0].rle)) <= 2
-    both.edges_on_device = False
-
-    def logits(view, box, side):
-        """float32 (h, w) of one view alone."""
-        encoded = near.encode([view], side)
-        prompt = torch.from_numpy(encoded.frames[0].to_prompt(box.reshape(1, 2, 2)))
-        with torch.inference_mode():
-            low, iou = network.decode(encoded.features, torch.zeros(1, dtype=int), prompt, torch.tensor([[2, 3]]), multimask=False)
-        return encoded.frames[0].logits(low[0, 0].numpy()), float(iou)
-
-    for image, own, those in zip(images, boxes, found, strict=True):
-        for answer in those:
-            box = own[answer.prompt]
-            crop = image.crop(box)
-            (x, y), (h, w) = crop.corner, crop.pixels.shape[:2]
-            (one, sure), (other, too) = logits(crop, box - np.tile(crop.corner, 2), network.zoom_side), logits(image, box, network.side)
-            want = np.zeros(image.canvas, bool)
-            want[y : y + h, x : x + w] = one + other[y : y + h, x : x + w] > 0
-            assert np.count_nonzero(masks.decode(answer.rle) ^ want) <= 2 and want.any()  # a sum near zero may fall to either side
-            assert answer.predicted_iou == pytest.approx((sure + too) / 2, abs=1e-5)
-    clicks = [Prompts.of(points=np.array([[[50, 40]]], np.float32))] * 2  # are answered as without it
-    same = [[(a.rle, a.predicted_iou) for a in those] for s in (both, near) for those in s.masks_for(images, clicks)]
-    assert same[:2] == same[2:]
-    with pytest.raises(DepthsegError, match="needs looks from near"):
-        Segmenter(Plan(model="nano", refine="scales", zoom=False), network=network, source=lambda images: [])
 
 
 def test_segment_with_every_refinement(run, pictures, tmp_path):
