@@ -205,7 +205,7 @@ def test_segmenting_on_a_card_answers_as_the_cpu(model, precision, options, card
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [("0", "fp16"), ("boxes", "bf16")])
-def test_training_on_a_card_computes_the_losses_of_the_cpu(stage, precision, root, tmp_path, card, monkeypatch):  # noqa: F811
+def test_training_on_a_card_computes_the_losses_of_the_cpu(stage, precision, root, tmp_path, card, monkeypatch):
     """With a gradient of ones in the place of the backward pass: what is scaled, clipped, averaged, saved and loaded is the same."""
     learning, cached, begin = [], [], Learner.__init__
 
