@@ -125,7 +125,8 @@ def _same_run(told: dict[str, Any], out: Path) -> str | None:
             raise ValueError("no object")
     except (OSError, ValueError) as e:
         raise DepthsegError(f"{out} has a checkpoint but no readable plan.json", "Start anew in another --output.") from e
-    now = json.loads(json.dumps({**told, "samples": told["samples"] if "samples" in before else None}))  # earlier runs did not note it
+    before = {"samples": told["samples"], **before}  # which earlier runs did not note
+    now = json.loads(json.dumps(told))
     differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in FREE and before.get(k) != v]
     if differ:
         raise DepthsegError(f"{out} holds a run with other options: {', '.join(differ)}", "Use the same, or another --output.")
