@@ -18,7 +18,7 @@ from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
-from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, on_crop, rows_of
+from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, likeliest, on_crop, rows_of
 
 Seconds = defaultdict[str, float]  # by stage
 
@@ -78,25 +78,29 @@ class Predictor:
     ) -> list[list[Answer]]:
         """With `zoom`, answers to clicks alone after `LOOKS` looks at crops around them; all others as they are.
 
-        A click says nothing of the size of what is meant, the first answers do, and from near the network ranks them better. answers: of
-        each whole picture, one for a prompt or some to choose from. strict: as in `decode`, for the last look.
+        A click says nothing of the size of what is meant, the first answers do, and from near the network ranks them better. Of what the
+        last look answers, that is given which all answers together speak for. answers: of each whole picture, one for a prompt or some
+        to choose from. strict: as in `decode`, for the last look.
         """
         if not self.zoom:
             return list(answers)
-        seen: defaultdict[tuple[int, int], list[Answer]] = defaultdict(list)  # by view and prompt
+        heard: defaultdict[tuple[int, int], list[Answer]] = defaultdict(list)  # by view and prompt
         for v, found in enumerate(answers):
             for a in found:
-                seen[v, a.prompt].append(a)
+                heard[v, a.prompt].append(a)
         clicked = [(v, int(i)) for v, prompts in enumerate(asked) for i in np.flatnonzero(is_clicked(prompts))]
+        latest = heard.copy()
         for look in range(LOOKS):
-            which = [key for key in clicked for _ in seen[key]]
-            boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in seen[v, i]]
-            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent)
+            which = [key for key in clicked for _ in latest[key]]
+            boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in latest[v, i]]
+            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent, every=True)
             for key in clicked:
-                seen[key] = _surest([a for _ in seen[key] for a in next(nearer)])
+                crops = [next(nearer) for _ in latest[key]]  # the candidates of each
+                heard[key] = sum(crops, heard[key])
+                latest[key] = [a for candidates in crops for a in likeliest(candidates, heard[key])]
         out: list[list[Answer]] = [[] for _ in views]
-        for v, i in sorted(seen):
-            out[v] += _surest(seen[v, i])
+        for v, i in sorted(latest):
+            out[v] += likeliest(latest[v, i], heard[v, i])
         return out
 
     def _on_crops(
@@ -107,14 +111,15 @@ class Predictor:
         boxes: Sequence[Array],
         strict: bool,
         spent: Seconds | None,
+        every: bool = False,
     ) -> Iterator[list[Answer]]:
-        """The answer to each of the prompts `which` (view, row), asked on a crop around its box; none where `strict` drops it."""
+        """The answers to each of the prompts `which` (view, row), asked on a crop around its box. strict, every: as in `decode`."""
         size = self.plan.batch * (self.network.side // self.network.zoom_side) ** 2  # one call has the pixels of a batch of wholes
         for start in range(0, len(which), size):
             some = which[start : start + size]
             crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
             questions = [on_crop(asked[v], i, crop) for (v, i), crop in zip(some, crops)]
-            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent)
+            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent, every)
             yield from ([a._replace(prompt=i) for a in those] for (_, i), those in zip(some, found))
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
@@ -255,11 +260,6 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
-
-
-def _surest(answers: list[Answer]) -> list[Answer]:
-    """The one with the highest predicted IoU, if there is one."""
-    return [max(answers, key=lambda a: a.predicted_iou)] if answers else []
 
 
 def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:

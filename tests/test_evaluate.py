@@ -120,7 +120,7 @@ def test_clicks_come_out_of_one_pass_and_equal_separate_ones(pictures, coco_file
         ready = segmenter(plan)
         report = ask(pictures, coco_file, tmp_path / f"{clicks}{batch}", Request("point", clicks), plan, ready)
         assert zoom or ready.network.encoded == 3  # features once for each image, whatever the number of rounds
-        assert ("then twice on crops" in str(report["protocol_in_words"])) is zoom
+        assert ("then three times on crops" in str(report["protocol_in_words"])) is zoom
         return {k: v for k, v in report["metrics"].items() if k.startswith("miou")}
 
     together = clicked((1, 2, 3), 2)

@@ -156,11 +156,24 @@ def test_what_is_clicked_is_looked_at_again_from_nearer(tmp_path):
     far, calls = clicked(image, prompts, zoom=False)
     assert calls == [("encode", 64, 1), ("decode", 2, 3)]
     near, calls = clicked(image, prompts, zoom=True)
-    looks = [("encode", 64, 4), ("encode", 64, 2), ("encode", 64, 2)]  # at three candidates of each, four crops in a call; at the best
-    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks] and views.LOOKS == 2
+    looks = [("encode", 64, 4), ("encode", 64, 2)] * views.LOOKS  # at three candidates of each, four crops in a call
+    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks]
     ious = [[masks.iou([a.rle], [masks.encode(true)])[0, 0] for a in answers] for answers in (far, near)]
     assert max(ious[0]) < 0.7 and min(ious[1]) > 0.9
     assert [a.prompt for a in near] == [0, 1]
+
+
+def test_of_several_answers_that_is_given_which_the_others_speak_for():
+    def answer(predicted, *box):
+        mask = np.zeros((20, 20), bool)
+        mask[box[1] : box[3], box[0] : box[2]] = True
+        return Answer(0, masks.encode(mask), predicted, 1.0)
+
+    stray, thing, again = answer(0.6, 0, 0, 4, 4), answer(0.55, 6, 6, 16, 16), answer(0.5, 6, 6, 16, 15)
+    assert views.likeliest([stray, thing, again], [stray, thing, again]) == [thing]
+    assert views.likeliest([stray, thing], [stray, thing]) == [stray]  # one against one: the surer
+    assert views.likeliest([stray, again], [stray, thing, again]) == [again]  # what speaks need not be among what is given
+    assert views.likeliest([stray], [thing]) == [stray] and views.likeliest([], [thing]) == []
 
 
 def test_nothing_is_looked_at_again_without_a_positive_click_or_with_a_mask(tmp_path):
@@ -239,7 +252,7 @@ def test_boxes_and_clicks_with_zoom(pictures):
     source = lambda images: [mixed.get(image.key, Prompts.of(boxes=np.zeros((0, 4)))) for image in images]  # noqa: E731
     a, b, c = run(Segmenter(Plan(zoom=True), network=network, source=source), find([pictures]))
     assert [len(r.masks) for r in (a, b, c)] == [2, 1, 0]
-    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2), (32, 3), (32, 1)]
+    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)] + [(32, 3)] * views.LOOKS
     assert masks.iou(b.masks.rle, [truth(b.image)])[0, 0] > 0.8
 
 
