@@ -12,8 +12,9 @@ import shutil
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -350,9 +351,37 @@ def convert(source: Path, target: Path, name: str, half: bool = False) -> dict[s
         done = "without its mask heads; the position embedding is brought to 64 x 64"
     else:
         raise DepthsegError(f"{name} keeps the format of its publisher", "Segmentation models and ViTDet can be converted.")
+    return _with_card(network, target, entry, name, [source], done, half)
+
+
+def mean(sources: Sequence[Path], target: Path, name: str, half: bool = False) -> dict[str, str]:
+    """Write the mean of checkpoints of one segmentation model, value by value; target, name, half and what comes back as in `convert`.
+
+    Runs that began with the same weights lie in one valley of the loss, and their mean is often better than each (Wortsman et al. 2022,
+    "Model soups"). Statistics of BatchNorm are averaged like all else. Raises DepthsegError for a file that does not fit.
+    """
+    from depthseg.models import checkpoint
+
+    entry = catalog.pullable(name)
+    if entry.role != "model":
+        raise DepthsegError(f"{name} is no segmentation model", "Name the model that the checkpoints belong to, for example nano.")
+    network = catalog.resolve(entry)(**entry.args)
+    total: dict[str, Any] = {}
+    for source in sources:
+        checkpoint.load_into(network, source)
+        for key, value in network.state_dict().items():
+            total[key] = total.get(key, 0) + value.double()
+    network.load_state_dict({key: value / len(sources) for key, value in total.items()})
+    return _with_card(network, target, entry, name, sources, f"the mean of the values of {len(sources)} checkpoints", half)
+
+
+def _with_card(network: Any, target: Path, entry: Any, name: str, sources: Sequence[Path], done: str, half: bool) -> dict[str, str]:
+    """Write the weights and the card beside them; what the card says, by heading."""
+    from depthseg.models import checkpoint
+
     about = {
         "Model": name,
-        "Made from": f"{source.name}, sha256 {sha256(source)}",
+        "Made from": "; ".join(f"{source.name}, sha256 {sha256(source)}" for source in sources),
         "What was done": done + (", matrices and kernels in fp16" if half else ""),
         "Parameters": f"{sum(p.numel() for p in network.parameters()):,}",
         "Licence": entry.licence,

@@ -1,4 +1,4 @@
-"""`depthseg weights`: list, pull, verify, find, convert and remove."""
+"""`depthseg weights`: list, pull, verify, find, convert, average and remove."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.options import MODEL, OUTPUT
 from depthseg.terminal import downloads, interruptible, listing, say, take
 
-app = typer.Typer(help="Weights on this machine: list, pull, verify, find, convert, remove.", no_args_is_help=True)
+app = typer.Typer(help="Weights on this machine: list, pull, verify, find, convert, average, remove.", no_args_is_help=True)
 Names = Annotated[list[str], typer.Argument(help="Names from `depthseg weights list`.", show_default=False)]
 
 
@@ -103,12 +103,16 @@ def weights_rm(names: Names, debug: opt.Debug = False) -> None:
         say(f"{name}: {weights.remove(entry, name) / 1e6:.1f} MB freed")
 
 
+Written = Annotated[Path, typer.Option("-o", "--output", help="The .safetensors to write.", rich_help_panel=OUTPUT, metavar="FILE")]
+Half = Annotated[bool, typer.Option("--half", help="Matrices and kernels in fp16.", rich_help_panel=OUTPUT)]
+
+
 @app.command("convert")
 def weights_convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint: .pt, .pkl or .safetensors.", metavar="FILE")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors to write.", rich_help_panel=OUTPUT, metavar="FILE")],
+    output: Written,
     model: Annotated[str, typer.Option(help="The segmentation model or ViTDet that it fits.", rich_help_panel=MODEL, metavar="NAME")],
-    half: Annotated[bool, typer.Option("--half", help="Matrices and kernels in fp16.", rich_help_panel=OUTPUT)] = False,
+    half: Half = False,
     debug: opt.Debug = False,
 ) -> None:
     """Turn a checkpoint into safetensors with a card, and a plain one into the start of a depth-aware model.
@@ -116,13 +120,42 @@ def weights_convert(
     [bold]depthseg weights convert efficientvit_sam_l2.pt -o start.safetensors --model efficientvit-sam-l2-depth[/bold]
     """
     catalog.pullable(model)
+    _writable(output)
+    from depthseg.weights import convert
+
+    _told(convert(source, output, model, half), output)
+
+
+@app.command("mean")
+def weights_mean(
+    sources: Annotated[list[Path], typer.Argument(help="Checkpoints of one model.", metavar="FILE...", show_default=False)],
+    output: Written,
+    model: Annotated[str, typer.Option(help="The segmentation model that they fit.", rich_help_panel=MODEL, metavar="NAME")],
+    half: Half = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Average the weights of several trainings that began alike, which is often better than each.
+
+    [bold]depthseg weights mean first/weights.safetensors second/weights.safetensors -o mean.safetensors --model nano[/bold]
+    """
+    catalog.pullable(model)
+    if len(sources) < 2:
+        raise DepthsegError("the mean of one checkpoint is that checkpoint", "Name two or more.")
+    _writable(output)
+    from depthseg.weights import mean
+
+    _told(mean(sources, output, model, half), output)
+
+
+def _writable(output: Path) -> None:
     if output.suffix != ".safetensors" or output.is_dir():
         raise DepthsegError(f"{output} is no name of a .safetensors file", "Write it like -o start.safetensors.")
     if output.with_suffix(".md").exists():
         raise DepthsegError(f"{output.with_suffix('.md')} is there already", "The card would take its place: choose another name.")
     take(output.parent)
-    from depthseg.weights import convert
 
-    for heading, text in convert(source, output, model, half).items():
+
+def _told(card: dict[str, str], output: Path) -> None:
+    for heading, text in card.items():
         say(f"{heading}: {text}")
     typer.echo(output)

@@ -240,6 +240,35 @@ def test_a_plain_checkpoint_becomes_a_depth_aware_start(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_the_mean_of_checkpoints(tmp_path, run):
+    from depthseg.models.depthseg import build
+
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append(build("nano", depth=False).state_dict())
+        torch.save(states[-1], tmp_path / f"{seed}.pt")
+    files = [tmp_path / f"{seed}.pt" for seed in range(3)]
+    code, out, err = run("weights", "mean", *files, "-o", tmp_path / "mean.safetensors", "--model", "nano")
+    assert code == 0 and out == f"{tmp_path / 'mean.safetensors'}\n" and "3 checkpoints" in err
+    network = catalog.load("nano", tmp_path / "mean.safetensors")
+    for key, value in network.state_dict().items():
+        expected = torch.stack([state[key].double() for state in states]).mean(0).to(value.dtype)
+        assert torch.equal(value, expected), key
+    card = (tmp_path / "mean.md").read_text()
+    assert all(weights.sha256(file) in card for file in files)
+    torch.save(build("nano", depth=True).state_dict(), tmp_path / "other.pt")
+    for given, model, expected_code, said in (
+        (files[:1], "nano", 2, "the mean of one checkpoint"),
+        ([files[0], tmp_path / "other.pt"], "nano", 2, "does not fit"),
+        ([files[0], tmp_path / "none.pt"], "nano", MISSING_PIECE, "none.pt"),
+        (files, "yolov8n", 2, "no segmentation model"),
+    ):
+        code, _, err = run("weights", "mean", *given, "-o", tmp_path / "x.safetensors", "--model", model)
+        assert code == expected_code and said in err, err
+    assert not (tmp_path / "x.safetensors").exists() and not (tmp_path / "x.md").exists()
+
+
 # ---- the command ----
 
 
