@@ -98,7 +98,7 @@ class TrainPlan:
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False  # the image encoders, by torch.compile
-    workers: int = 1
+    workers: int | None = None  # processes that read ahead; None: one, on CUDA this process' share of the cores up to eight
     ema: float = 0.998
     clip: float = 1.0  # 0: gradients of any norm
     save_every: int = 200  # steps

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from depthseg import __version__
 from depthseg.curves import Log
+from depthseg.data import cores
 from depthseg.depth import maps_of
 from depthseg.errors import DepthsegError
 from depthseg.formats import atomic, text_file
@@ -33,6 +34,7 @@ from depthseg.validation import Validation
 ENDLESS = 10**7  # steps of a run that ends by the clock
 NOT_FINITE = 5  # steps in a row, after which a run is given up
 BAD_BATCH = "bad-batch.pt"
+MOST_READERS = 8  # a sample costs some 30 to 120 ms of a core to read: four to eight cores feed a fast card
 
 Tell = Callable[[str, dict[str, Any]], None]  # told (what kind, its values): preflight, log, validation, note
 
@@ -137,6 +139,12 @@ def _validated(validation: Validation, learner: Learner, out: Path) -> dict[str,
     return validation.score(learner.average.module, out / "validation" / f"step-{learner.step:08d}.png")
 
 
+def readers(device: str) -> int:
+    """Processes that read samples ahead for one that computes on this kind of device: a CPU has no core to spare, a card waits for them."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun's processes
+    return max(1, min(MOST_READERS, cores() // here)) if device == "cuda" else 1
+
+
 class _Sitting:
     """The steps from here to the end, or to where this sitting is stopped; what is written on the way."""
 
@@ -161,8 +169,9 @@ class _Sitting:
         """The signal that stopped it, 0 when it came to its end or to --max-hours."""
         learner, plan = self.learner, self.plan
         pinned = learner.device.type == "cuda"
-        loader = DataLoader(steps, batch_size=None, sampler=range(learner.step, self.count), num_workers=plan.workers,
-                            prefetch_factor=4 if plan.workers else None, pin_memory=pinned)  # fmt: skip
+        workers = readers(learner.device.type) if plan.workers is None else plan.workers
+        loader = DataLoader(steps, batch_size=None, sampler=range(learner.step, self.count), num_workers=workers,
+                            prefetch_factor=4 if workers else None, pin_memory=pinned)  # fmt: skip
         window = _Window()
         bad = 0
         waiting = time.monotonic()

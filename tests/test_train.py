@@ -25,7 +25,7 @@ from depthseg.stages import STAGES, TrainPlan
 from depthseg.tasks.batches import Steps, chances
 from depthseg.tasks.choose import task_of
 from depthseg.tasks.masks import MaskLoss, deepest_errors
-from depthseg.train import replay, train
+from depthseg.train import readers, replay, train
 
 
 def test_a_mix_names_what_there_is_and_leaves_out_the_rest() -> None:
@@ -602,3 +602,11 @@ def test_the_time_left_counts_from_the_first_word(monkeypatch, capsys) -> None:
         tell("log", {"step": 2, "done": 0.6})
     first, second = capsys.readouterr().err.splitlines()
     assert "left" not in first and second.endswith("40.0 s left")
+
+
+def test_a_card_gets_as_many_readers_as_its_share_of_the_cores(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for cores, processes, expected in ((2, 1, 2), (16, 1, 8), (16, 4, 4), (4, 8, 1)):
+        monkeypatch.setattr("depthseg.train.cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert readers("cuda") == expected and readers("cpu") == 1
