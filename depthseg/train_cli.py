@@ -70,7 +70,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUTPUT.", rich_help_panel=RUN)] = False,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that read samples ahead [one; on CUDA up to eight].", rich_help_panel=RUN)
+        int | None, typer.Option(min=0, help="Processes that read samples ahead; by default one, on CUDA up to eight.", rich_help_panel=RUN)
     ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=RUN)] = _PLAN.save_every,
     keep: Annotated[int, typer.Option(min=0, help="Earlier checkpoints that stay.", rich_help_panel=RUN)] = _PLAN.keep,

@@ -128,7 +128,7 @@ def weights_convert(
 
 @app.command("mean")
 def weights_mean(
-    sources: Annotated[list[Path], typer.Argument(help="Checkpoints of one model.", metavar="FILE...", show_default=False)],
+    sources: Annotated[list[Path], typer.Argument(help="Checkpoints of one model.", metavar="FILE", show_default=False)],
     output: Written,
     model: Annotated[str, typer.Option(help="The segmentation model that they fit.", rich_help_panel=MODEL, metavar="NAME")],
     half: Half = False,
