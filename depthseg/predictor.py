@@ -18,7 +18,7 @@ from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
-from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, likeliest, on_crop, rows_of
+from depthseg.views import LOOKS, LOOKS_EACH, Answer, Encoded, View, around, fit, is_boxed, is_clicked, likeliest, on_crop, rows_of
 
 Seconds = defaultdict[str, float]  # by stage
 
@@ -90,7 +90,7 @@ class Predictor:
                 heard[v, a.prompt].append(a)
         clicked = [(v, int(i)) for v, prompts in enumerate(asked) for i in np.flatnonzero(is_clicked(prompts))]
         latest = heard.copy()
-        looks = LOOKS - strict  # everything mode asks hundreds of points, and one look less takes a third of the time away
+        looks = LOOKS_EACH if strict else LOOKS
         for look in range(looks):
             which = [key for key in clicked for _ in latest[key]]
             boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in latest[v, i]]

@@ -78,9 +78,7 @@ def in_words(name: str, prompt: str, zoom: bool = False, single: bool = False, r
     }[prompt]
     if zoom:
         clicks = "Clicks are asked on the whole picture, then three times on crops around the answers, which vote (zoom)."
-        lines.append(
-            clicks if prompt == "point" else "Boxes are looked at on crops of their own, clicks three times more around the answers (zoom)."
-        )
+        lines.append(clicks if prompt == "point" else "Boxes are looked at on crops of their own, clicks again around the answers (zoom).")
     if refine != "none":
         lines.append(f"Refined ({refine}): {REFINEMENTS[refine]}.")
     return [f"Protocol {name}: {p.source}.", *lines]

@@ -34,7 +34,7 @@ from depthseg.validation import Validation
 ENDLESS = 10**7  # steps of a run that ends by the clock
 NOT_FINITE = 5  # steps in a row, after which a run is given up
 BAD_BATCH = "bad-batch.pt"
-MOST_READERS = 8  # a sample costs some 30 to 120 ms of a core to read: four to eight cores feed a fast card
+MOST_READERS = 8  # for each process that computes; a sample costs some 30 to 120 ms of a core to read
 
 Tell = Callable[[str, dict[str, Any]], None]  # told (what kind, its values): preflight, log, validation, note
 

@@ -157,10 +157,17 @@ def test_what_is_clicked_is_looked_at_again_from_nearer(tmp_path):
     assert calls == [("encode", 64, 1), ("decode", 2, 3)]
     near, calls = clicked(image, prompts, zoom=True)
     looks = [("encode", 64, 4), ("encode", 64, 2)] * views.LOOKS  # at three candidates of each, four crops in a call
-    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks]
+    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks] and views.LOOKS == 3
     ious = [[masks.iou([a.rle], [masks.encode(true)])[0, 0] for a in answers] for answers in (far, near)]
     assert max(ious[0]) < 0.7 and min(ious[1]) > 0.9
     assert [a.prompt for a in near] == [0, 1]
+
+
+def test_everything_mode_looks_twice_from_nearer(tmp_path):
+    network, prompts = Bright(), Prompts.of(points=np.array([[[310, 205]]]))
+    segmenter = Segmenter(Plan(zoom=True, min_predicted_iou=0, min_stability=0), network=network, source=lambda images: [])
+    (found,) = segmenter.masks_for([views.whole(read(small(tmp_path)), None)], [prompts], strict=True)
+    assert [call for call in network.calls if call[0] == "encode"] == [("encode", 64, 1)] * 3 and len(found) == 1
 
 
 def test_of_several_answers_that_is_given_which_the_others_speak_for():
