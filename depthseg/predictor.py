@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthseg import backends, edges, masks, refine
+from depthseg import backends, edges, masks, prompts, refine
 from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
-from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
+from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, PROMPT_SIDE, Array, Crop, Frame, Prompts
 from depthseg.views import LOOKS, LOOKS_EACH, Answer, Encoded, View, around, fit, is_boxed, is_clicked, likeliest, on_crop, rows_of
 
 Seconds = defaultdict[str, float]  # by stage
@@ -154,7 +154,7 @@ class Predictor:
                 with self.timed(spent, "decode"), inference(self.device, self.precision):
                     tensors = self._best(encoded, asked, chunk, multimask, every and plan.refine not in refine.RULES)
                 chunk = [pair for pair in chunk for _ in range(len(tensors[1]) // len(chunk))]
-                if self.edges_on_device and not strict and self._plain(encoded):
+                if self.edges_on_device and not (strict or every) and self._plain(encoded):
                     with self.timed(spent, "masks"), torch.inference_mode():
                         for v, answer in _on_device(encoded, chunk, *tensors):
                             answers[v].append(answer)
@@ -172,7 +172,8 @@ class Predictor:
                             continue
                         mask = view.paste(self._enlarged(frame, logits))
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
-                        answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability))
+                        middle = _centredness(logits, frame, asked[v].points[i], asked[v].labels[i]) if every else 1.0
+                        answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability, middle))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
     def _plain(self, encoded: Encoded) -> bool:
@@ -261,6 +262,16 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
+
+
+def _centredness(logits: Array, frame: Frame, points: Array, labels: Array) -> float:
+    """How near the middle of the mask of low-resolution logits (s, s) a prompt lies, if it is one click alone; else 1."""
+    click = np.isin(labels, (NEGATIVE, POSITIVE, CORNER_MIN))
+    if labels[click].tolist() != [POSITIVE]:
+        return 1.0
+    h, w = frame.valid(len(logits))
+    x, y = frame.to_prompt(points[click])[0] * len(logits) / PROMPT_SIDE
+    return prompts.centredness(logits[:h, :w] > 0, x, y)
 
 
 def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:

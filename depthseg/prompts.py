@@ -51,6 +51,17 @@ def _deepest(region: Array, clicked: Array) -> tuple[float, int, int]:
     return (deepest, left + x, top + y) if deepest else (0.0, 0, 0)
 
 
+def centredness(mask: Array, x: float, y: float) -> float:
+    """How near the middle of a bool mask (h, w) a point lies: its distance to the rim over the largest one, 0 outside of the mask."""
+    column, row = int(x), int(y)
+    if not (0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column]):
+        return 0.0
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = rows[0], columns[0]
+    depth = distance_transform_edt(np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1))[1:-1, 1:-1]
+    return float(depth[row - top, column - left] / depth.max())
+
+
 def random_click(truth: Array, earlier: int, generator: np.random.Generator) -> tuple[int, int, bool]:
     """The click after `earlier` others that were drawn by an equal generator: uniform in a bool mask (h, w), none twice; positive.
 

@@ -39,6 +39,7 @@ class Answer(NamedTuple):
     rle: dict  # in original pixels
     predicted_iou: float
     stability: float
+    centredness: float = 1.0  # of the click, for candidates that answer one click alone
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ def likeliest(answers: list[Answer], heard: list[Answer]) -> list[Answer]:
     """Of some answers to one prompt, the one with the highest expected IoU with what is meant; none of none.
 
     What is meant may be any of `heard`, each as likely as its predicted IoU to the power TRUST says: a mask that several looks find
-    wins over a stray one that the network is slightly surer of.
+    wins over a stray one that the network is slightly surer of. And it is the likelier the nearer to its middle it was clicked.
     """
     if len(answers) < 2:
         return answers
-    weight = np.maximum([a.predicted_iou for a in heard], 0) ** TRUST
+    weight = np.array([max(a.predicted_iou, 0) ** TRUST * a.centredness for a in heard])
     expected = masks.iou([a.rle for a in answers], [a.rle for a in heard]) @ weight
     return [answers[int(expected.argmax())]]
 

@@ -6,7 +6,7 @@ import pytest
 from scipy.ndimage import distance_transform_edt
 
 from depthseg import schema
-from depthseg.prompts import grid, next_click
+from depthseg.prompts import centredness, grid, next_click
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "protocol.json").read_text())  # answers of the official clicker
 
@@ -40,6 +40,13 @@ def test_clicks_equal_the_official_ones(name):
         clicks.append(next_click(truth, draw(shown), clicked))
     assert clicks == [(c["x"], c["y"], c["positive"]) for c in case["clicks"]]
     assert all(type(x) is int and type(y) is int and type(p) is bool for x, y, p in clicks)
+
+
+def test_centredness():
+    mask = np.zeros((9, 12), bool)
+    mask[2:9, 5:12] = True  # 7 x 7 up to the border, which is a rim, too
+    assert centredness(mask, 8.9, 5.0) == 1 and centredness(mask, 5, 2) == 0.25 and centredness(mask, 7.5, 5.5) == 0.75
+    assert [centredness(mask, *at) for at in ((4.9, 5), (12, 5), (8, 9.2), (-0.5, 5))] == [0, 0, 0, 0]
 
 
 def next_click_on_the_whole_picture(truth, prediction, clicked):

@@ -171,16 +171,35 @@ def test_everything_mode_looks_twice_from_nearer(tmp_path):
 
 
 def test_of_several_answers_that_is_given_which_the_others_speak_for():
-    def answer(predicted, *box):
+    def answer(predicted, *box, centredness=1.0):
         mask = np.zeros((20, 20), bool)
         mask[box[1] : box[3], box[0] : box[2]] = True
-        return Answer(0, masks.encode(mask), predicted, 1.0)
+        return Answer(0, masks.encode(mask), predicted, 1.0, centredness)
 
     stray, thing, again = answer(0.6, 0, 0, 4, 4), answer(0.55, 6, 6, 16, 16), answer(0.5, 6, 6, 16, 15)
     assert views.likeliest([stray, thing, again], [stray, thing, again]) == [thing]
     assert views.likeliest([stray, thing], [stray, thing]) == [stray]  # one against one: the surer
     assert views.likeliest([stray, again], [stray, thing, again]) == [again]  # what speaks need not be among what is given
     assert views.likeliest([stray], [thing]) == [stray] and views.likeliest([], [thing]) == []
+    aside = answer(0.6, 0, 0, 4, 4, centredness=0.5)
+    assert views.likeliest([aside, thing], [aside, thing]) == [thing]  # one against one: the one that was clicked in the middle
+
+
+def test_candidates_know_how_near_their_middle_they_were_clicked(tmp_path):
+    segmenter = Segmenter(Plan(zoom=True), network=Bright(), source=lambda images: [])
+    view = views.whole(read(small(tmp_path)), None).crop(np.array([303, 201, 327, 217]))
+    encoded = segmenter.encode([view], 64)
+    x, y = np.array([315, 209]) - view.corner
+
+    def heard(prompts):
+        return [a.centredness for a in segmenter.decode(encoded, [prompts], every=True)[0]]
+
+    middle, aside = heard(Prompts.of(points=np.array([[[x, y]], [[x - 10, y]]])))[1::3]  # of three candidates the second has an area
+    assert middle > 0.8 and 0 < aside < 0.5
+    assert set(heard(Prompts.of(points=np.array([[[2, 2]]])))) == {0.0}  # beside the mask
+    two = Prompts.of(points=np.array([[[x - 10, y], [x, y]]]))
+    boxed = Prompts.of(points=np.array([[[x - 10, y]]]), boxes=[[x - 12, y - 8, x + 12, y + 8]])
+    assert set(heard(two)) | set(heard(boxed)) == {1.0}  # said of one click alone
 
 
 def test_nothing_is_looked_at_again_without_a_positive_click_or_with_a_mask(tmp_path):
