@@ -54,20 +54,24 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+ECHO = 1.0  # seconds: torchrun hands on a signal that its processes got from the system, too
+
+
 @contextlib.contextmanager
 def gracefully(words: str = "stopping after this batch; once more to stop at once") -> Iterator[Callable[[], int]]:
     """A function that tells the signal which asked to stop, 0 as long as none did; a second Ctrl-C or SIGTERM stops at once.
 
     For the inside of `interruptible`: who is told to stop ends what is in hand and raises KeyboardInterrupt with the signal's number.
     """
-    asked = 0
+    asked, when = 0, 0.0
 
     def stop(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal asked, when
+        if not asked:
+            asked, when = number, time.monotonic()
+            say(words)
+        elif time.monotonic() - when > ECHO:
             raise KeyboardInterrupt(number)
-        asked = number
-        say(words)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

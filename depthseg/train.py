@@ -9,6 +9,7 @@ nothing had happened. Knows nothing of the terminal: `tell` is called with what 
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -145,6 +146,12 @@ def readers(device: str) -> int:
     return max(1, min(MOST_READERS, cores() // here)) if device == "cuda" else 1
 
 
+def _deaf(worker: int) -> None:
+    """Readers end with the trainer: Slurm, systemd and Ctrl-C signal every process of a job, and who saves first still needs them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Sitting:
     """The steps from here to the end, or to where this sitting is stopped; what is written on the way."""
 
@@ -171,7 +178,7 @@ class _Sitting:
         pinned = learner.device.type == "cuda"
         workers = readers(learner.device.type) if plan.workers is None else plan.workers
         loader = DataLoader(steps, batch_size=None, sampler=range(learner.step, self.count), num_workers=workers,
-                            prefetch_factor=4 if workers else None, pin_memory=pinned)  # fmt: skip
+                            prefetch_factor=4 if workers else None, pin_memory=pinned, worker_init_fn=_deaf)  # fmt: skip
         window = _Window()
         bad = 0
         waiting = time.monotonic()

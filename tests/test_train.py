@@ -1,6 +1,8 @@
 """The trainer on a few tiny samples."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -230,6 +232,24 @@ def test_a_signal_saves_first(root, tmp_path) -> None:
         train(_plan(root, tmp_path / "o", steps=50, save_every=1000), stop=lambda: next(asked))
     assert stop.value.args == (15,)
     assert torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_saves_first(root, tmp_path, number) -> None:
+    """As systemd, Slurm and Ctrl-C send it; and again, as torchrun hands it on."""
+    words = ["train", "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "--masks", "2", "--steps", "500",
+             "--save-every", "1000", "--log-every", "1", "--workers", "2", "--device", "cpu", "--no-preflight"]  # fmt: skip
+    words += ["-o", str(tmp_path / "o")]
+    process = subprocess.Popen([sys.executable, "-m", "depthseg", *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "o" / "log.jsonl").exists() or not (tmp_path / "o" / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    for _ in range(2):
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "error" not in told and told.count("once more") == 1
+    assert torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"] >= 1
 
 
 def test_max_hours_ends_a_sitting_not_the_schedule(root, tmp_path) -> None:
