@@ -54,7 +54,7 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-ECHO = 1.0  # seconds: torchrun hands on a signal that its processes got from the system, too
+ECHO = 1.0  # seconds, under torchrun: it hands on a signal that its processes got from the system, too
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def gracefully(words: str = "stopping after this batch; once more to stop at onc
         if not asked:
             asked, when = number, time.monotonic()
             say(words)
-        elif time.monotonic() - when > ECHO:
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - when > ECHO:
             raise KeyboardInterrupt(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

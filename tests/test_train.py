@@ -240,7 +240,10 @@ def test_a_signal_to_all_processes_of_a_run_saves_first(root, tmp_path, number) 
     words = ["train", "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "--masks", "2", "--steps", "500",
              "--save-every", "1000", "--log-every", "1", "--workers", "2", "--device", "cpu", "--no-preflight"]  # fmt: skip
     words += ["-o", str(tmp_path / "o")]
-    process = subprocess.Popen([sys.executable, "-m", "depthseg", *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    under_torchrun = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "depthseg", *words], stderr=subprocess.PIPE, text=True, start_new_session=True, env=under_torchrun
+    )
     while not (tmp_path / "o" / "log.jsonl").exists() or not (tmp_path / "o" / "log.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.01)
