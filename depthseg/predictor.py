@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthseg import backends, edges, masks, prompts, refine
+from depthseg import backends, edges, masks, refine
 from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
+from depthseg.prompts import centredness
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, PROMPT_SIDE, Array, Crop, Frame, Prompts
 from depthseg.views import LOOKS, LOOKS_EACH, Answer, Encoded, View, around, fit, is_boxed, is_clicked, likeliest, on_crop, rows_of
 
@@ -271,7 +272,7 @@ def _centredness(logits: Array, frame: Frame, points: Array, labels: Array) -> f
         return 1.0
     h, w = frame.valid(len(logits))
     x, y = frame.to_prompt(points[click])[0] * len(logits) / PROMPT_SIDE
-    return prompts.centredness(logits[:h, :w] > 0, x, y)
+    return centredness(logits[:h, :w] > 0, x, y)
 
 
 def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:

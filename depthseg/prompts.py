@@ -32,21 +32,26 @@ def next_click(truth: Array, prediction: Array, clicked: Array) -> tuple[int, in
     return x, y, positive
 
 
-def _deepest(region: Array, clicked: Array) -> tuple[float, int, int]:
-    """Distance to the rim, x and y of the pixel deepest inside a bool region (h, w); 0, 0, 0 if all of it has been clicked.
+def depths(region: Array) -> tuple[Array, int, int]:
+    """Distance of each pixel of a bool region (h, w) to its rim, in the region's own box, and the box's left and top.
 
-    The image's edge is a rim. Only the region's box is looked at, since nothing outside it can be nearer than the box's own rim.
+    The image's edge is a rim. Nothing outside the box can be nearer than the box's own rim. The region must not be empty.
     """
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    if not len(rows):
-        return 0.0, 0, 0
     top, left = int(rows[0]), int(columns[0])
     window = region[top : rows[-1] + 1, left : columns[-1] + 1]
-    depth = distance_transform_edt(np.pad(window, 1))[1:-1, 1:-1]
+    return distance_transform_edt(np.pad(window, 1))[1:-1, 1:-1], left, top
+
+
+def _deepest(region: Array, clicked: Array) -> tuple[float, int, int]:
+    """Distance to the rim, x and y of the pixel deepest inside a bool region (h, w); 0, 0, 0 if all of it has been clicked."""
+    if not region.any():
+        return 0.0, 0, 0
+    depth, left, top = depths(region)
     x, y = (np.asarray(clicked, int).reshape(-1, 2) - (left, top)).T
-    inside = (x >= 0) & (y >= 0) & (x < window.shape[1]) & (y < window.shape[0])
+    inside = (x >= 0) & (y >= 0) & (x < depth.shape[1]) & (y < depth.shape[0])
     depth[y[inside], x[inside]] = 0
-    y, x = divmod(int(depth.argmax()), window.shape[1])
+    y, x = divmod(int(depth.argmax()), depth.shape[1])
     deepest = float(depth[y, x])
     return (deepest, left + x, top + y) if deepest else (0.0, 0, 0)
 
@@ -56,9 +61,7 @@ def centredness(mask: Array, x: float, y: float) -> float:
     column, row = int(x), int(y)
     if not (0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column]):
         return 0.0
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = rows[0], columns[0]
-    depth = distance_transform_edt(np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1))[1:-1, 1:-1]
+    depth, left, top = depths(mask)
     return float(depth[row - top, column - left] / depth.max())
 
 

@@ -15,6 +15,7 @@ import typer
 from depthseg.errors import DepthsegError
 
 FAILURES_SHOWN = 20  # of the images that failed: the files of a run have them all
+ECHO = 1.0  # seconds, under torchrun: it hands on a signal that its processes got from the system, too
 LINE_EVERY = 10.0  # seconds between plain progress lines where stderr is no terminal
 
 
@@ -52,9 +53,6 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
         raise typer.Exit(128 + (stop.args[0] if stop.args else told)) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-ECHO = 1.0  # seconds, under torchrun: it hands on a signal that its processes got from the system, too
 
 
 @contextlib.contextmanager
