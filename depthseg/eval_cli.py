@@ -107,6 +107,7 @@ def evaluate(
     ] = None,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
+    central: opt.Central = Plan.central,
     refine: opt.Refine = Plan.refine,
     refine_rounds: opt.RefineRounds = Plan.refine_rounds,
     refine_points: opt.RefinePoints = Plan.refine_points,

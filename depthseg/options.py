@@ -163,6 +163,14 @@ Zoom = Annotated[
         rich_help_panel=PROMPTS,
     ),
 ]
+Central = Annotated[
+    bool,
+    typer.Option(
+        "--central/--anywhere",
+        help="zoom: one click lies near the middle of what is meant, as people click, or anywhere in it.",
+        rich_help_panel=PROMPTS,
+    ),
+]
 Refine = Annotated[
     str,
     typer.Option(

@@ -53,6 +53,7 @@ class Plan:
     draft: bool = False  # large JPEGs are decoded to a half, quarter or eighth of their size where no stage needs more
     threads: int | None = None  # of torch's on the CPU; None: the cores that this process may use
     zoom: bool | None = None  # masks on crops twice as large as the box or the answer to clicks; None: where that costs little (nano)
+    central: bool = True  # zoom: one click lies near the middle of what is meant, as people click; False: anywhere in it
     refine: str = "none"  # a key of REFINEMENTS
     refine_rounds: int = 1  # amr, rim: passes after the first, each only for masks that the one before replaced
     refine_points: int = 2  # amr, rim: points added to the prompt ("two additional prompts", in its abstract)

@@ -19,7 +19,7 @@ from depthseg.numerics import device_of, inference, keep_memory, precision_of, t
 from depthseg.plan import Plan
 from depthseg.prompts import centredness
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, PROMPT_SIDE, Array, Crop, Frame, Prompts
-from depthseg.views import LOOKS, LOOKS_EACH, Answer, Encoded, View, around, fit, is_boxed, is_clicked, likeliest, on_crop, rows_of
+from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, is_one_click, likeliest, on_crop, rows_of
 
 Seconds = defaultdict[str, float]  # by stage
 
@@ -79,9 +79,10 @@ class Predictor:
     ) -> list[list[Answer]]:
         """With `zoom`, answers to clicks alone after looks at crops around them; all others as they are.
 
-        A click says nothing of the size of what is meant, the first answers do, and from near the network ranks them better. Of what the
-        last look answers, that is given which all answers together speak for. answers: of each whole picture, one for a prompt or some
-        to choose from. strict: as in `decode`, for the last look.
+        A click says nothing of the size of what is meant, the first answers do, and from near the network ranks them better. What one
+        click alone has found is asked for once more by its box, which the network answers best. Of the latest answers that is given
+        which all together speak for. answers: of each whole picture, one for a prompt or some to choose from. strict: everything
+        mode, which does not ask by box: as in `decode`, for the last look.
         """
         if not self.zoom:
             return list(answers)
@@ -91,19 +92,40 @@ class Predictor:
                 heard[v, a.prompt].append(a)
         clicked = [(v, int(i)) for v, prompts in enumerate(asked) for i in np.flatnonzero(is_clicked(prompts))]
         latest = heard.copy()
-        looks = LOOKS_EACH if strict else LOOKS
-        for look in range(looks):
+        central = self.plan.central and not strict  # the points of everything mode lie anywhere
+        for look in range(LOOKS):
             which = [key for key in clicked for _ in latest[key]]
             boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in latest[v, i]]
-            nearer = self._on_crops(views, asked, which, boxes, strict and look == looks - 1, spent, every=True)
+            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent, every=True)
             for key in clicked:
                 crops = [next(nearer) for _ in latest[key]]  # the candidates of each
                 heard[key] = sum(crops, heard[key])
-                latest[key] = [a for candidates in crops for a in likeliest(candidates, heard[key])]
+                latest[key] = [a for candidates in crops for a in likeliest(candidates, heard[key], central)]
+        if clicked and not strict:
+            for key, answer in self._by_box(views, asked, latest, spent):
+                heard[key] = [*heard[key], answer]
+                latest[key] = [*latest[key], answer]
         out: list[list[Answer]] = [[] for _ in views]
         for v, i in sorted(latest):
-            out[v] += likeliest(latest[v, i], heard[v, i])
+            out[v] += likeliest(latest[v, i], heard[v, i], central)
         return out
+
+    def _by_box(
+        self, views: Sequence[View], asked: Sequence[Prompts], latest: dict[tuple[int, int], list[Answer]], spent: Seconds | None
+    ) -> Iterator[tuple[tuple[int, int], Answer]]:
+        """What the boxes of the answers to one click alone are answered, with the view and prompt of each."""
+        alone = [is_one_click(p) for p in asked]
+        own: list[list[Answer]] = [[] for _ in views]
+        for (v, i), found in latest.items():
+            own[v] += [a for a in found if alone[v][i] and masks.area([a.rle])[0]]
+        boxes = [masks.boxes([a.rle for a in found]) for found in own]
+        which = [(v, row) for v, found in enumerate(own) for row in range(len(found))]
+        answers = self._on_crops(views, [Prompts.of(boxes=xyxy) for xyxy in boxes], which, list(np.concatenate(boxes)), False, spent)
+        for (v, row), (answer,) in zip(which, answers):
+            i = own[v][row].prompt
+            (click,) = asked[v].points[i][asked[v].labels[i] == POSITIVE]
+            middle = _centredness_in(answer.rle, click) if self.plan.central else 1.0
+            yield (v, i), answer._replace(prompt=i, centredness=middle)
 
     def _on_crops(
         self,
@@ -116,7 +138,7 @@ class Predictor:
         every: bool = False,
     ) -> Iterator[list[Answer]]:
         """The answers to each of the prompts `which` (view, row), asked on a crop around its box. strict, every: as in `decode`."""
-        size = self.plan.batch * (self.network.side // self.network.zoom_side) ** 2  # one call has the pixels of a batch of wholes
+        size = int(self.plan.batch * (self.network.side / self.network.zoom_side) ** 2)  # one call has the pixels of a batch of wholes
         for start in range(0, len(which), size):
             some = which[start : start + size]
             crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
@@ -173,7 +195,7 @@ class Predictor:
                             continue
                         mask = view.paste(self._enlarged(frame, logits))
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
-                        middle = _centredness(logits, frame, asked[v].points[i], asked[v].labels[i]) if every else 1.0
+                        middle = _centredness(logits, frame, asked[v].points[i], asked[v].labels[i]) if every and plan.central else 1.0
                         answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability, middle))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
@@ -273,6 +295,12 @@ def _centredness(logits: Array, frame: Frame, points: Array, labels: Array) -> f
     h, w = frame.valid(len(logits))
     x, y = frame.to_prompt(points[click])[0] * len(logits) / PROMPT_SIDE
     return centredness(logits[:h, :w] > 0, x, y)
+
+
+def _centredness_in(rle: dict, click: Array) -> float:
+    """How near the middle of a mask in original pixels a click (2,) lies, on every so many of them: no more than 256 along a side."""
+    step = -(-max(rle["size"]) // 256)
+    return centredness(masks.decode(rle)[step // 2 :: step, step // 2 :: step], *(click / step))
 
 
 def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:

@@ -56,6 +56,7 @@ def segment(
     model: opt.ModelName = Plan.model,
     weights: opt.Weights = Plan.weights,
     zoom: opt.Zoom = Plan.zoom,
+    central: opt.Central = Plan.central,
     refine: opt.Refine = Plan.refine,
     refine_rounds: opt.RefineRounds = Plan.refine_rounds,
     refine_points: opt.RefinePoints = Plan.refine_points,

@@ -46,7 +46,7 @@ class Stage:
     batchnorm: str = "batch"  # or frozen
     fresh: bool = False  # may start from random weights
     # encoder inputs over the crop size, how often, and how often the whole picture is shown then; only for networks that take any size
-    scales: tuple[tuple[float, float, float], ...] = ((1.0, 0.6, 0.15), (2.4, 0.25, 0.7), (3.2, 0.15, 1.0))
+    scales: tuple[tuple[float, float, float], ...] = ((1.0, 0.6, 0.15), (2.0, 0.25, 0.7), (8 / 3, 0.15, 1.0))
 
 
 _PAPER = {"mask": 20.0, "dice": 1.0, "iou": 1.0, "direct": 0.5, "aux": 0.2}

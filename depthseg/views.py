@@ -27,9 +27,8 @@ from depthseg.schema import (
 
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
 ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
-LOOKS = 3  # at crops around the answers to clicks, after the one at the whole picture
-LOOKS_EACH = 2  # the same in everything mode, which asks hundreds of points: a third of the time less
-TRUST = 4  # power of the predicted IoU in likeliest: 2 to 8 do about as well
+LOOKS = 2  # at crops around the answers to clicks, after the one at the whole picture
+TRUST = 2  # power of the predicted IoU, and of centredness, in likeliest
 
 
 class Answer(NamedTuple):
@@ -126,6 +125,11 @@ def is_clicked(asked: Prompts) -> Array:
     return (asked.labels == POSITIVE).any(1) & ~is_boxed(asked) if asked.masks is None else np.zeros(len(asked), bool)
 
 
+def is_one_click(asked: Prompts) -> Array:
+    """Which prompts are one positive click and nothing else: bool (P,)."""
+    return is_clicked(asked) & (np.isin(asked.labels, (NEGATIVE, POSITIVE)).sum(1) == 1)
+
+
 def around(asked: Prompts, row: int, seen: dict | None = None) -> Array:
     """xyxy (4,) of what a prompt is about: its box, or the mask that answered it (RLE), with its positive clicks."""
     points, labels = asked.points[row], asked.labels[row]
@@ -137,17 +141,22 @@ def around(asked: Prompts, row: int, seen: dict | None = None) -> Array:
     return np.concatenate([np.concatenate([low, clicks]).min(0), np.concatenate([high, clicks + 1]).max(0)])
 
 
-def likeliest(answers: list[Answer], heard: list[Answer]) -> list[Answer]:
+def likeliest(answers: list[Answer], heard: list[Answer], central: bool) -> list[Answer]:
     """Of some answers to one prompt, the one with the highest expected IoU with what is meant; none of none.
 
-    What is meant may be any of `heard`, each as likely as its predicted IoU to the power TRUST says: a mask that several looks find
-    wins over a stray one that the network is slightly surer of. And it is the likelier the nearer to its middle it was clicked.
+    What is meant may be any of `heard`, each as likely as its predicted IoU and the click's centredness to the power TRUST say: a mask
+    that several looks find wins over a stray one that the network is slightly surer of. And what is given was itself clicked near
+    its middle, if anything was: it counts by its centredness once more. central: as in Plan; else centredness says nothing.
     """
     if len(answers) < 2:
         return answers
-    weight = np.array([max(a.predicted_iou, 0) ** TRUST * a.centredness for a in heard])
+
+    def middle(found: list[Answer]) -> Array:
+        return np.array([a.centredness if central else 1.0 for a in found])
+
+    weight = (np.array([max(a.predicted_iou, 0) for a in heard]) * middle(heard)) ** TRUST
     expected = masks.iou([a.rle for a in answers], [a.rle for a in heard]) @ weight
-    return [answers[int(expected.argmax())]]
+    return [answers[int((expected * middle(answers)).argmax())]]
 
 
 def masks_of(answers: list[Answer], asked: Boxes | Prompts, labels: Array | None, overlap: str, plan: Plan) -> Masks:

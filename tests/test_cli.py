@@ -91,12 +91,12 @@ def test_options_reach_the_plan(run, fake, pictures, tmp_path, monkeypatch):
         Path(name).touch()
     words = """--model efficientvit-sam-l0-depth --weights w.pt --detector yolov8s --depth none
         --device cpu --precision bf16 --backend compile --batch 3 --prompt-batch 7 --confidence 0.5 --max-boxes 9 --depth-side 392
-        --draft --threads 5 --zoom --refine amr --refine-rounds 2 --refine-points 3 --refine-below 0.7 --points-per-side 5
+        --draft --threads 5 --zoom --anywhere --refine amr --refine-rounds 2 --refine-points 3 --refine-below 0.7 --points-per-side 5
         --min-predicted-iou 0.1 --min-stability 0.2 --nms 0.3 --min-area 8 --max-area 9 --min-region 4
         --no-overlays --no-labelmaps --depth-panel --instances""".split()
     expected = Plan(
         "efficientvit-sam-l0-depth", "w.pt", "yolov8s", None, None, "d.pt", None, None, "none", "cpu", "bf16", "compile",
-        3, 7, 0.5, 9, 392, True, 5, True, "amr", 2, 3, 0.7, 5, 0.1, 0.2, 0.3, 8, 9, 4, False, False, True, True,
+        3, 7, 0.5, 9, 392, True, 5, True, False, "amr", 2, 3, 0.7, 5, 0.1, 0.2, 0.3, 8, 9, 4, False, False, True, True,
     )  # fmt: skip
     alone = {"boxes": "b.json", "points": "p.json", "text": "a cat .", "classes": "cat,dog"}  # these exclude each other
     for field, value in alone.items():

@@ -15,7 +15,7 @@ from depthseg.data import Failure, find, read
 from depthseg.errors import MISSING_PIECE, NOTHING_TO_DO, DepthsegError
 from depthseg.models.depthseg import DepthSeg
 from depthseg.plan import Plan
-from depthseg.schema import ABSENT, CORNER_MIN, PADDING, Boxes, Crop, Frame, Image, Prompts, Record
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, PADDING, Boxes, Crop, Frame, Image, Prompts, Record
 from depthseg.segment import Segmenter
 from depthseg.views import Answer, View
 
@@ -156,8 +156,8 @@ def test_what_is_clicked_is_looked_at_again_from_nearer(tmp_path):
     far, calls = clicked(image, prompts, zoom=False)
     assert calls == [("encode", 64, 1), ("decode", 2, 3)]
     near, calls = clicked(image, prompts, zoom=True)
-    looks = [("encode", 64, 4), ("encode", 64, 2)] * views.LOOKS  # at three candidates of each, four crops in a call
-    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks] and views.LOOKS == 3
+    looks = [("encode", 64, 4), ("encode", 64, 2)] * (views.LOOKS + 1)  # at three answers to each, four crops in a call; the last by box
+    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks] and views.LOOKS == 2
     ious = [[masks.iou([a.rle], [masks.encode(true)])[0, 0] for a in answers] for answers in (far, near)]
     assert max(ious[0]) < 0.7 and min(ious[1]) > 0.9
     assert [a.prompt for a in near] == [0, 1]
@@ -170,6 +170,45 @@ def test_everything_mode_looks_twice_from_nearer(tmp_path):
     assert [call for call in network.calls if call[0] == "encode"] == [("encode", 64, 1)] * 3 and len(found) == 1
 
 
+def test_what_one_click_finds_is_asked_for_by_its_box_and_what_more_clicks_find_is_not(tmp_path):
+    image, asked = small(tmp_path), []
+
+    class Listening(Bright):
+        def decode(self, features, owner, points, labels, *rest, **more):
+            asked.extend(tuple(sorted(set(row))) for row in labels.tolist())
+            return super().decode(features, owner, points, labels, *rest, **more)
+
+    for points, boxed in (([[310, 205]], True), ([[310, 205], [320, 210]], False)):
+        asked.clear()
+        segmenter = Segmenter(Plan(zoom=True), network=Listening(), source=lambda images: [])
+        segmenter.masks_for([views.whole(read(image), None)], [Prompts.of(points=np.array([points]))])
+        assert ((CORNER_MIN, CORNER_MAX) in asked) == boxed, asked
+
+
+def test_a_click_lies_in_the_middle_or_anywhere(tmp_path):
+    """A large thing clicked at its edge, a small one there in its middle: which of them is meant is for the plan to say."""
+    image, prompts = small(tmp_path), Prompts.of(points=np.array([[[305, 209]]]))
+
+    class Both(Bright):
+        """Candidates: the bright rectangle, and its left sixth, of which it is slightly less sure."""
+
+        def decode(self, features, owner, points, labels, *rest, **more):
+            logits, iou = super().decode(features, owner, points, labels, *rest, **more)
+            if logits.shape[1] == 3:
+                columns = (logits[:, 1] > 0).any(1)  # (P, s)
+                part = columns & (columns.cumsum(1) <= columns.sum(1, keepdim=True) / 6)
+                logits[:, 0] = torch.where(part[:, None], logits[:, 1], -logits[:, 1].abs())
+                iou[:, 0] = iou[:, 1] - 0.05
+            return logits, iou
+
+    area = {}
+    for central in (True, False):
+        segmenter = Segmenter(Plan(zoom=True, central=central), network=Both(), source=lambda images: [])
+        ((answer,),) = segmenter.masks_for([views.whole(read(image), None)], [prompts])
+        area[central] = masks.area([answer.rle])[0]
+    assert area[True] < 100 < 300 < area[False], area
+
+
 def test_of_several_answers_that_is_given_which_the_others_speak_for():
     def answer(predicted, *box, centredness=1.0):
         mask = np.zeros((20, 20), bool)
@@ -177,12 +216,13 @@ def test_of_several_answers_that_is_given_which_the_others_speak_for():
         return Answer(0, masks.encode(mask), predicted, 1.0, centredness)
 
     stray, thing, again = answer(0.6, 0, 0, 4, 4), answer(0.55, 6, 6, 16, 16), answer(0.5, 6, 6, 16, 15)
-    assert views.likeliest([stray, thing, again], [stray, thing, again]) == [thing]
-    assert views.likeliest([stray, thing], [stray, thing]) == [stray]  # one against one: the surer
-    assert views.likeliest([stray, again], [stray, thing, again]) == [again]  # what speaks need not be among what is given
-    assert views.likeliest([stray], [thing]) == [stray] and views.likeliest([], [thing]) == []
+    assert views.likeliest([stray, thing, again], [stray, thing, again], True) == [thing]
+    assert views.likeliest([stray, thing], [stray, thing], True) == [stray]  # one against one: the surer
+    assert views.likeliest([stray, again], [stray, thing, again], True) == [again]  # what speaks need not be among what is given
+    assert views.likeliest([stray], [thing], True) == [stray] and views.likeliest([], [thing], True) == []
     aside = answer(0.6, 0, 0, 4, 4, centredness=0.5)
-    assert views.likeliest([aside, thing], [aside, thing]) == [thing]  # one against one: the one that was clicked in the middle
+    assert views.likeliest([aside, thing], [aside, thing], True) == [thing]  # one against one: the one that was clicked in the middle
+    assert views.likeliest([aside, thing], [aside, thing], False) == [aside]  # a click may lie anywhere
 
 
 def test_candidates_know_how_near_their_middle_they_were_clicked(tmp_path):
@@ -278,7 +318,7 @@ def test_boxes_and_clicks_with_zoom(pictures):
     source = lambda images: [mixed.get(image.key, Prompts.of(boxes=np.zeros((0, 4)))) for image in images]  # noqa: E731
     a, b, c = run(Segmenter(Plan(zoom=True), network=network, source=source), find([pictures]))
     assert [len(r.masks) for r in (a, b, c)] == [2, 1, 0]
-    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)] + [(32, 3)] * views.LOOKS
+    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)] + [(32, 3)] * (views.LOOKS + 1)
     assert masks.iou(b.masks.rle, [truth(b.image)])[0, 0] > 0.8
 
 

@@ -38,7 +38,7 @@ class DepthSeg(SamHead):
             super().__init__()
         self.variant = variant
         self.side = v.side
-        self.zoom_side = 160 if v.skips else v.side  # encoder input for crops around one box or answer
+        self.zoom_side = 192 if v.skips else v.side  # encoder input for crops around one box or answer
         self.mask_stride = v.side // 256  # input pixels to one cell of the low-resolution masks
         self.single_mask_for = "unambiguous" if v.skips else "never"
         self.grid_limits = (0.4, 0.6) if v.skips else (0.7, 0.85)  # nano is seldom sure of a mask from one click
