@@ -20,6 +20,15 @@ TOKENS = MAX_CLICKS + 1  # and SAM's padding token
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How training prompts are drawn: shares in 0..1."""
+
+    boxes: float  # of the masks get a box, the rest clicks
+    one_click: float  # of the clicked masks get one click, the rest 2 to MAX_CLICKS
+    central: float  # of the first clicks lie deepest inside the mask, as the evaluation's, the rest anywhere in it
+
+
+@dataclass(frozen=True)
 class View:
     """One training input with its prompts."""
 
@@ -102,13 +111,13 @@ def view(
     stride: int,
     count: int,
     whole: float,
-    boxes_share: float,
+    asked: Asked,
     rng: np.random.Generator,
 ) -> View | None:
     """A random view of the sample with up to `count` prompted masks, or None when the crop shows none large enough.
 
     stride: input pixels to one cell of the network's masks.
-    whole: how often the whole picture is shown. boxes_share: share of the masks prompted with a box, the rest with clicks.
+    whole: how often the whole picture is shown.
     """
     areas = masks.area(sample.rles).astype(float)
     if not areas.any():
@@ -142,7 +151,7 @@ def view(
         if not len(ys):
             continue
         box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float32) / side
-        xy, sign = _prompt(square > 0.5, box, boxes_share, rng)
+        xy, sign = _prompt(square > 0.5, box, asked, rng)
         targets.append(square.reshape(side // stride, stride, side // stride, stride).mean((1, 3)))
         boxes.append(box)
         points.append(xy * PROMPT_SIDE)
@@ -159,16 +168,16 @@ def view(
     )  # fmt: skip
 
 
-def _prompt(mask: Array, box: Array, boxes_share: float, rng: np.random.Generator) -> tuple[Array, Array]:
+def _prompt(mask: Array, box: Array, asked: Asked, rng: np.random.Generator) -> tuple[Array, Array]:
     """A box (half exact, half jittered by 4 % of its sides), or 1 to 10 clicks; xy (TOKENS, 2) in 0..1 and labels."""
     xy = np.zeros((TOKENS, 2), np.float32)
     labels = np.full(TOKENS, ABSENT)
-    if rng.random() < boxes_share:
+    if rng.random() < asked.boxes:
         jitter = rng.normal(0, 0.04, 4) if rng.random() < 0.5 else np.zeros(4)
         xy[:2] = (box + jitter * np.tile(box[2:] - box[:2], 2)).reshape(2, 2)
         labels[:2] = CORNER_MIN, CORNER_MAX
         return xy, labels
-    clicks = 1 if rng.random() < 0.5 else int(rng.integers(2, MAX_CLICKS + 1))
+    clicks = 1 if rng.random() < asked.one_click else int(rng.integers(2, MAX_CLICKS + 1))
     side = mask.shape[0]
     inside = np.argwhere(mask)
     # false positives worth a click lie near the object: the box grown by a third, without the mask
@@ -176,7 +185,7 @@ def _prompt(mask: Array, box: Array, boxes_share: float, rng: np.random.Generato
     a, b = ((v * side).astype(int).clip(0, side) for v in (box[:2] - grow, box[2:] + grow))
     outside = np.argwhere(~mask[a[1] : b[1], a[0] : b[0]]) + [a[1], a[0]]
     for i in range(clicks):
-        if i == 0 and rng.random() < 0.5:  # the evaluation's first click: the deepest point
+        if i == 0 and rng.random() < asked.central:
             low, high = inside.min(0), inside.max(0) + 1  # a rim of one cell around the mask gives the same distances as all of it
             depth = ndimage.distance_transform_edt(np.pad(mask[low[0] : high[0], low[1] : high[1]], 1))[1:-1, 1:-1]
             at = np.array(np.unravel_index(depth.argmax(), depth.shape)) + low

@@ -40,6 +40,8 @@ class Stage:
     batch: int = 4  # images in one step, over all processes
     masks: int = 4  # per image
     boxes_share: float = 0.5
+    one_click: float = 0.5  # share of the clicked masks that are clicked once, the rest up to ten times
+    central: float = 0.5  # share of the first clicks deepest inside the mask, the rest anywhere in it
     paste: float = 0.0  # how often an object of another image is laid over the crop
     rounds: int = 0  # clicks that answer the network's own errors, at most
     alpha: float | None = None  # value to start from
@@ -90,6 +92,8 @@ class TrainPlan:
     masks: int | None = None
     lr: float | None = None
     boxes_share: float | None = None  # share of the masks prompted with a box
+    one_click: float | None = None
+    central: float | None = None
     rounds: int | None = None
     batchnorm: str | None = None
     losses: dict[str, float] = field(default_factory=dict)  # weights in place of the stage's own

@@ -96,6 +96,13 @@ def train(
         float | None,
         typer.Option(min=0, max=1, help="Share of the masks prompted with a box; the rest with clicks.", rich_help_panel=LEARNING),
     ] = None,
+    one_click: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the clicked masks that are clicked once.", rich_help_panel=LEARNING)
+    ] = None,
+    central: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the first clicks deepest inside the mask; the rest anywhere.", rich_help_panel=LEARNING),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=0, help="Clicks that answer the network's own errors, at most.", rich_help_panel=LEARNING)
     ] = None,
@@ -140,8 +147,9 @@ def train(
     plan = TrainPlan(
         stage=stage, data=tuple(map(str, data)), output=str(output), model=model, init=init, depth_maps=depth_maps, teacher=teacher,
         teacher_weights=teacher_weights, steps=steps, epochs=epochs, minutes=minutes, max_hours=max_hours, batch=batch,
-        micro_batch=micro_batch, masks=masks, lr=lr, boxes_share=boxes_share, rounds=rounds, batchnorm=batchnorm,
-        losses=_numbers(loss), mix=_numbers(mix), overfit=overfit, seed=seed, device=device, precision=precision, compile=compile_,
+        micro_batch=micro_batch, masks=masks, lr=lr, boxes_share=boxes_share, one_click=one_click, central=central, rounds=rounds,
+        batchnorm=batchnorm, losses=_numbers(loss), mix=_numbers(mix), overfit=overfit, seed=seed,
+        device=device, precision=precision, compile=compile_,
         workers=workers, ema=ema, clip=clip, save_every=save_every, keep=keep, log_every=log_every, validate=validate,
         validate_images=validate_images, validate_depth=validate_depth, validate_every=validate_every, validate_count=validate_count,
         max_unreadable=max_unreadable,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import write_sample
 from PIL import Image as PILImage
+from scipy import ndimage
 
 from depthseg import masks, sa1b
-from depthseg.augment import view
+from depthseg.augment import Asked, view
 from depthseg.errors import DepthsegError
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE
 from depthseg.tasks.batches import Order
@@ -88,7 +89,7 @@ def test_polygons_lie_on_the_picture_that_inference_sees(tmp_path) -> None:
 
 def test_a_sample_without_a_pixel_of_a_mask_shows_nothing() -> None:
     nothing = sa1b.Sample("a", np.zeros((64, 64, 3), np.uint8), [masks.encode(np.zeros((64, 64), bool))])
-    assert view(nothing, None, None, 160, 2, 2, 0.5, 0.5, np.random.default_rng(0)) is None
+    assert view(nothing, None, None, 160, 2, 2, 0.5, Asked(0.5, 0.5, 0.5), np.random.default_rng(0)) is None
 
 
 def test_depth_of_another_size_is_named(tmp_path) -> None:
@@ -120,7 +121,7 @@ def test_views_keep_prompt_and_mask_together(root) -> None:
     rng = np.random.default_rng(0)
     seen = set()
     for i in range(60):
-        v = view(samples[i % 4], depth, (samples[(i + 1) % 4], depth) if i % 2 else None, 96, 2, 3, 0.2, 0.5, rng)
+        v = view(samples[i % 4], depth, (samples[(i + 1) % 4], depth) if i % 2 else None, 96, 2, 3, 0.2, Asked(0.5, 0.5, 0.5), rng)
         if v is None:
             continue
         assert v.rgb.shape == v.depth.shape == (3, 96, 96) and v.target.shape[1:] == (48, 48)
@@ -137,6 +138,25 @@ def test_views_keep_prompt_and_mask_together(root) -> None:
                     assert t[y, x] > 0 if s == POSITIVE else t[y, x] < 1
                     seen.add(int(s))
     assert seen == {"box", POSITIVE, NEGATIVE}
+
+
+def test_shares_decide_which_prompts_are_drawn(root) -> None:
+    sample, rng = sa1b.load(sa1b.index([root])[0]), np.random.default_rng(0)
+
+    def drawn(*shares: float) -> list[tuple[int, bool]]:
+        """Of each mask how many clicks it got, 0 for a box, and whether none of its cells lies deeper than the first of them."""
+        found = []
+        for v in (view(sample, None, None, 96, 1, 3, 1.0, Asked(*shares), rng) for _ in range(20)):
+            for t, xy, labels in zip(v.target, v.points, v.labels, strict=True):
+                depth = ndimage.distance_transform_edt(np.pad(t > 0.5, 1))[1:-1, 1:-1]
+                x, y = (xy[0] / 1024 * 96).astype(int).clip(0, 95)
+                found.append((int(np.isin(labels, (POSITIVE, NEGATIVE)).sum()), bool(depth[y, x] == depth.max())))
+        return found
+
+    assert {n for n, _ in drawn(1, 0, 0)} == {0}
+    assert set(drawn(0, 1, 1)) == {(1, True)}
+    assert min(n for n, _ in drawn(0, 0, 1)) == 2
+    assert not all(deepest for _, deepest in drawn(0, 1, 0))
 
 
 def test_an_epoch_shows_each_sample_once() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from depthseg import catalog, sa1b, weights
+from depthseg.augment import Asked
 from depthseg.depth import DepthFolder
 from depthseg.errors import MISSING_PIECE, DepthsegError
 from depthseg.models import checkpoint
@@ -103,7 +104,7 @@ def _masks(plan: TrainPlan, stage: Stage, network: DepthSeg, entries: list[sa1b.
     if network.zoom_side < network.side:  # takes any size
         sides = tuple((round(network.zoom_side * scale / 32) * 32, share, whole) for scale, share, whole in stage.scales)
     return MaskSource(entries, folder, with_depth, masks=stage.masks, sides=sides, stride=network.mask_stride,
-                      boxes_share=stage.boxes_share, paste=stage.paste, rounds=stage.rounds)  # fmt: skip
+                      asked=Asked(stage.boxes_share, stage.one_click, stage.central), paste=stage.paste, rounds=stage.rounds)  # fmt: skip
 
 
 def _teacher(plan: TrainPlan) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthseg import losses, sa1b
-from depthseg.augment import TOKENS, View, view
+from depthseg.augment import TOKENS, Asked, View, view
 from depthseg.depth import DepthFolder
 from depthseg.models.depthseg import DepthSeg
 from depthseg.schema import CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Array, Image
@@ -42,7 +42,7 @@ class MaskSource:
     masks: int  # per view
     sides: tuple[tuple[int, float, float], ...]  # encoder inputs, how often, and how often the whole picture is shown then
     stride: int  # input pixels to one cell of the network's masks
-    boxes_share: float
+    asked: Asked
     paste: float
     rounds: int
 
@@ -56,7 +56,7 @@ class MaskSource:
     def sample(self, index: int, rng: np.random.Generator, setting: Look) -> View | None:
         shown, depth = self._read(index)
         other = self._read(int(rng.integers(len(self.entries)))) if rng.random() < self.paste else None
-        return view(shown, depth, other, setting.side, self.stride, self.masks, setting.whole, self.boxes_share, rng)
+        return view(shown, depth, other, setting.side, self.stride, self.masks, setting.whole, self.asked, rng)
 
     def _read(self, index: int) -> tuple[sa1b.Sample, Array | None]:
         entry = self.entries[index]
