@@ -57,6 +57,12 @@ def decode(rle: dict) -> Array:
     return coco.decode(rle).astype(bool)
 
 
+def crop(rle: dict) -> Crop:
+    """The piece of a mask that has all its pixels; one pixel of an empty one."""
+    x0, y0, x1, y1 = boxes([rle])[0].astype(int).tolist()
+    return Crop(decode(rle)[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], (x0, y0), (rle["size"][0], rle["size"][1]))
+
+
 def of_coco(segmentation: list | dict, size: tuple[int, int]) -> dict:
     """Compressed RLE of an annotation's `segmentation`: polygons, or an RLE that may be compressed already. ValueError if another size.
 

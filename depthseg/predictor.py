@@ -18,8 +18,22 @@ from depthseg.models.sam import SamHead
 from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
 from depthseg.plan import Plan
 from depthseg.prompts import centredness
-from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, PROMPT_SIDE, Array, Crop, Frame, Prompts
-from depthseg.views import LOOKS, Answer, Encoded, View, around, fit, is_boxed, is_clicked, is_one_click, likeliest, on_crop, rows_of
+from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
+from depthseg.views import (
+    LOOKS,
+    Answer,
+    Encoded,
+    View,
+    around,
+    fit,
+    is_boxed,
+    is_clicked,
+    is_one_click,
+    likeliest,
+    on_crop,
+    rows_of,
+    the_click,
+)
 
 Seconds = defaultdict[str, float]  # by stage
 
@@ -123,8 +137,7 @@ class Predictor:
         answers = self._on_crops(views, [Prompts.of(boxes=xyxy) for xyxy in boxes], which, list(np.concatenate(boxes)), False, spent)
         for (v, row), (answer,) in zip(which, answers):
             i = own[v][row].prompt
-            (click,) = asked[v].points[i][asked[v].labels[i] == POSITIVE]
-            middle = _centredness_in(answer.rle, click) if self.plan.central else 1.0
+            middle = centredness(masks.crop(answer.rle), the_click(asked[v], i)) if self.plan.central else 1.0
             yield (v, i), answer._replace(prompt=i, centredness=middle)
 
     def _on_crops(
@@ -170,6 +183,7 @@ class Predictor:
         for v, p in enumerate(asked):
             for i in range(len(p)):
                 groups.setdefault((self.multimask(p.labels[i]), p.masks is not None), []).append((v, i))
+        lone = [is_one_click(p) & (every and plan.central) for p in asked]  # whose centredness is wanted
         answers: list[list[Answer]] = [[] for _ in asked]
         for (multimask, _), flat in groups.items():
             for start in range(0, len(flat), plan.prompt_batch):
@@ -193,9 +207,10 @@ class Predictor:
                         stability = float(masks.stability(logits[None, :h, :w])[0])
                         if strict and (iou < least_iou or stability < least_stability):
                             continue
-                        mask = view.paste(self._enlarged(frame, logits))
+                        mask = self._enlarged(frame, logits)
+                        middle = centredness(mask, the_click(asked[v], i)) if lone[v][i] else 1.0
+                        mask = view.paste(mask)
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
-                        middle = _centredness(logits, frame, asked[v].points[i], asked[v].labels[i]) if every and plan.central else 1.0
                         answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability, middle))
         return [sorted(found, key=lambda a: a.prompt) for found in answers]
 
@@ -285,22 +300,6 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent[stage] += self.clock() - start
-
-
-def _centredness(logits: Array, frame: Frame, points: Array, labels: Array) -> float:
-    """How near the middle of the mask of low-resolution logits (s, s) a prompt lies, if it is one click alone; else 1."""
-    click = np.isin(labels, (NEGATIVE, POSITIVE, CORNER_MIN))
-    if labels[click].tolist() != [POSITIVE]:
-        return 1.0
-    h, w = frame.valid(len(logits))
-    x, y = frame.to_prompt(points[click])[0] * len(logits) / PROMPT_SIDE
-    return centredness(logits[:h, :w] > 0, x, y)
-
-
-def _centredness_in(rle: dict, click: Array) -> float:
-    """How near the middle of a mask in original pixels a click (2,) lies, on every so many of them: no more than 256 along a side."""
-    step = -(-max(rle["size"]) // 256)
-    return centredness(masks.decode(rle)[step // 2 :: step, step // 2 :: step], *(click / step))
 
 
 def _on_device(encoded: Encoded, chunk: list[tuple[int, int]], low: torch.Tensor, ious: torch.Tensor) -> Iterator[tuple[int, Answer]]:

@@ -6,7 +6,7 @@ Geometry in original pixels. Knows no network and no files.
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from depthseg.schema import Array, Prompts
+from depthseg.schema import Array, Crop, Prompts
 
 
 def grid(size: tuple[int, int], per_side: int) -> Prompts:
@@ -56,12 +56,17 @@ def _deepest(region: Array, clicked: Array) -> tuple[float, int, int]:
     return (deepest, left + x, top + y) if deepest else (0.0, 0, 0)
 
 
-def centredness(mask: Array, x: float, y: float) -> float:
-    """How near the middle of a bool mask (h, w) a point lies: its distance to the rim over the largest one, 0 outside of the mask."""
-    column, row = int(x), int(y)
-    if not (0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column]):
+def centredness(mask: Crop, point: Array) -> float:
+    """How near the middle of a mask a point (2,) of its picture lies: its distance to the rim over the largest one, 0 outside of the mask.
+
+    On every so many pixels of a large mask: no more than 128 along a side.
+    """
+    step = -(-max(mask.pixels.shape) // 128)
+    coarse = mask.pixels[step // 2 :: step, step // 2 :: step]
+    column, row = np.floor((np.asarray(point) - mask.corner) / step).astype(int)
+    if not (0 <= row < coarse.shape[0] and 0 <= column < coarse.shape[1] and coarse[row, column]):
         return 0.0
-    depth, left, top = depths(mask)
+    depth, left, top = depths(coarse)
     return float(depth[row - top, column - left] / depth.max())
 
 

@@ -130,6 +130,11 @@ def is_one_click(asked: Prompts) -> Array:
     return is_clicked(asked) & (np.isin(asked.labels, (NEGATIVE, POSITIVE)).sum(1) == 1)
 
 
+def the_click(asked: Prompts, row: int) -> Array:
+    """x, y (2,) of a prompt that is one click."""
+    return asked.points[row][asked.labels[row] == POSITIVE][0]
+
+
 def around(asked: Prompts, row: int, seen: dict | None = None) -> Array:
     """xyxy (4,) of what a prompt is about: its box, or the mask that answered it (RLE), with its positive clicks."""
     points, labels = asked.points[row], asked.labels[row]

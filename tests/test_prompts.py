@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
 
-from depthseg import schema
+from depthseg import masks, schema
 from depthseg.prompts import centredness, grid, next_click
+from depthseg.schema import Crop
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "protocol.json").read_text())  # answers of the official clicker
 
@@ -45,8 +46,20 @@ def test_clicks_equal_the_official_ones(name):
 def test_centredness():
     mask = np.zeros((9, 12), bool)
     mask[2:9, 5:12] = True  # 7 x 7 up to the border, which is a rim, too
-    assert centredness(mask, 8.9, 5.0) == 1 and centredness(mask, 5, 2) == 0.25 and centredness(mask, 7.5, 5.5) == 0.75
-    assert [centredness(mask, *at) for at in ((4.9, 5), (12, 5), (8, 9.2), (-0.5, 5))] == [0, 0, 0, 0]
+    for crop in (Crop(mask, (0, 0), mask.shape), Crop(mask[1:, 4:], (4, 1), mask.shape), masks.crop(masks.encode(mask))):
+        assert [centredness(crop, np.array(at)) for at in ((8.9, 5), (5, 2), (7.5, 5.5))] == [1, 0.25, 0.75]
+        assert [centredness(crop, np.array(at)) for at in ((4.9, 5), (12, 5), (8, 9.2), (-0.5, 5))] == [0, 0, 0, 0]
+    nothing = masks.crop(masks.encode(np.zeros((9, 12), bool)))
+    assert nothing.pixels.shape == (1, 1) and centredness(nothing, np.array((0, 0))) == 0
+
+
+def test_centredness_in_a_large_mask_is_that_of_a_coarser_one():
+    y, x = np.mgrid[:900, :1300]
+    mask = (x - 700) ** 2 + (y - 450) ** 2 < 400**2
+    crop = masks.crop(masks.encode(mask))
+    for at in ((700, 450), (850, 450), (700, 90), (330, 400)):
+        exact = max(0, 1 - np.hypot(at[0] - 700, at[1] - 450) / 400)
+        assert abs(centredness(crop, np.array(at)) - exact) < 0.02
 
 
 def next_click_on_the_whole_picture(truth, prediction, clicked):
