@@ -11,7 +11,8 @@ The paper (Sec. 3.2, 4.1) gives two stages of 2 epochs, batch 4, 4 masks per ima
 - direct: mask and dice loss of the masks decoded after the first of the decoder's two blocks (an intermediate prediction that needs no
   new parameter). aux: 1 - dice between the edges of prediction and truth (the paper calls it boundary-focused).
 - iou: squared error of the predicted IoU of all candidates that a prompt asks for (upstream does not train it; masks could not rank).
-- Prompts: half boxes, half 1 to 10 clicks with negatives among the later ones. Interactive rounds: in each step up to `rounds` more
+- Prompts: half boxes, half 1 to 10 clicks with negatives among the later ones (one_click: how many of them are one click alone; central:
+  how many begin where the evaluation does, deepest inside the mask). Interactive rounds: in each step up to `rounds` more
   clicks go where the network's own answer is most wrong, as the evaluation places them (upstream trains neither; the paper's
   gain at 3 and 5 clicks lies there).
 - Views: crops around an object as `zoom` asks for them, and whole pictures at the native input, where clicks are asked: a click
