@@ -20,7 +20,6 @@ from depthseg.plan import Plan
 from depthseg.prompts import centredness
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
 from depthseg.views import (
-    CUT,
     LOOKS,
     Answer,
     Encoded,
@@ -31,7 +30,6 @@ from depthseg.views import (
     is_clicked,
     is_one_click,
     likeliest,
-    near,
     on_crop,
     rows_of,
     the_click,
@@ -108,21 +106,16 @@ class Predictor:
                 heard[v, a.prompt].append(a)
         clicked = [(v, int(i)) for v, prompts in enumerate(asked) for i in np.flatnonzero(is_clicked(prompts))]
         latest = heard.copy()
-        lone = [is_one_click(p) & (not strict) for p in asked]
         central = self.plan.central and not strict  # the points of everything mode lie anywhere
         for look in range(LOOKS):
-            boxes = {(v, i): [around(asked[v], i, a.rle) for a in latest[v, i]] for v, i in clicked}
-            for v, i in clicked:
-                if look == 0 and lone[v][i]:
-                    boxes[v, i] += near(asked[v], i, views[v].canvas)
-            which = [(key, box) for key in clicked for box in boxes[key]]
-            keys, around_what = [key for key, _ in which], [box for _, box in which]
-            nearer = self._on_crops(views, asked, keys, around_what, strict and look == LOOKS - 1, spent, every=True)
+            which = [key for key in clicked for _ in latest[key]]
+            boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in latest[v, i]]
+            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent, every=True)
             for key in clicked:
-                crops = [next(nearer) for _ in boxes[key]]  # the candidates of each
+                crops = [next(nearer) for _ in latest[key]]  # the candidates of each
                 heard[key] = sum(crops, heard[key])
                 latest[key] = [a for candidates in crops for a in likeliest(candidates, heard[key], central)]
-        if any(one.any() for one in lone):
+        if clicked and not strict:
             for key, answer in self._by_box(views, asked, latest, spent):
                 heard[key] = [*heard[key], answer]
                 latest[key] = [*latest[key], answer]
@@ -215,7 +208,7 @@ class Predictor:
                         if strict and (iou < least_iou or stability < least_stability):
                             continue
                         mask = self._enlarged(frame, logits)
-                        middle = centredness(mask, the_click(asked[v], i)) * CUT ** view.sides_cut(mask) if lone[v][i] else 1.0
+                        middle = centredness(mask, the_click(asked[v], i)) if lone[v][i] else 1.0
                         mask = view.paste(mask)
                         mask = masks.clean_crop(mask, plan.min_region) if strict else mask
                         answers[v].append(Answer(i, masks.encode_crop(mask), iou, stability, middle))

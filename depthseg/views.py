@@ -28,8 +28,6 @@ from depthseg.schema import (
 ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
 ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
 LOOKS = 2  # at crops around the answers to clicks, after the one at the whole picture
-NEAR = (0.2, 0.08)  # sides, over the picture's longer one, of the crops around one click that are looked at whatever the whole picture says
-CUT = 0.3  # what is left of an answer's centredness for each side at which the view cuts it off: what is meant is seldom half seen
 TRUST = 2  # power of the predicted IoU, and of centredness, in likeliest
 
 
@@ -40,7 +38,7 @@ class Answer(NamedTuple):
     rle: dict  # in original pixels
     predicted_iou: float
     stability: float
-    centredness: float = 1.0  # of the click, for candidates that answer one click alone; less for what is cut off by CUT
+    centredness: float = 1.0  # of the click, for candidates that answer one click alone
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,6 @@ class View:
             piece = (x0 * sx, y0 * sy, x1 * sx, y1 * sy)
             depth = np.asarray(relief.resize((x1 - x0, y1 - y0), PILImage.Resampling.BILINEAR, box=piece))
         return View(self.pixels[y0:y1, x0:x1], depth, self.canvas, (x0, y0))
-
-    def sides_cut(self, crop: Crop) -> int:
-        """At how many of this view's four sides a mask of it may go on in the picture beyond."""
-        rows, columns = np.flatnonzero(crop.pixels.any(1)), np.flatnonzero(crop.pixels.any(0))
-        if not len(rows):
-            return 0
-        (x, y), (left, top), (h, w) = crop.corner, self.corner, self.pixels.shape[:2]
-        begins = (columns[0] + x == 0 and left > 0, rows[0] + y == 0 and top > 0)
-        ends = (columns[-1] + x == w - 1 and left + w < self.canvas[1], rows[-1] + y == h - 1 and top + h < self.canvas[0])
-        return sum(begins + ends)
 
     def paste(self, crop: Crop) -> Crop:
         """A mask of this view as one of the whole picture."""
@@ -145,13 +133,6 @@ def is_one_click(asked: Prompts) -> Array:
 def the_click(asked: Prompts, row: int) -> Array:
     """x, y (2,) of a prompt that is one click."""
     return asked.points[row][asked.labels[row] == POSITIVE][0]
-
-
-def near(asked: Prompts, row: int, canvas: tuple[int, int]) -> list[Array]:
-    """What `View.crop` takes for the crops of NEAR around one click in a picture (h, w): xyxy (4,) each."""
-    click = the_click(asked, row)
-    halves = [share * max(canvas) / ZOOM_FACTOR / 2 for share in NEAR]
-    return [np.concatenate([click - half, click + half]) for half in halves]
 
 
 def around(asked: Prompts, row: int, seen: dict | None = None) -> Array:

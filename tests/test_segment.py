@@ -156,9 +156,8 @@ def test_what_is_clicked_is_looked_at_again_from_nearer(tmp_path):
     far, calls = clicked(image, prompts, zoom=False)
     assert calls == [("encode", 64, 1), ("decode", 2, 3)]
     near, calls = clicked(image, prompts, zoom=True)
-    # four crops in a call: two looks at three answers to each and at two squares around its click, and the five boxes of what came of them
-    looks = [("encode", 64, 4), ("encode", 64, 4), ("encode", 64, 2)] * 3
-    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks] and views.LOOKS == len(views.NEAR) == 2
+    looks = [("encode", 64, 4), ("encode", 64, 2)] * (views.LOOKS + 1)  # at three answers to each, four crops in a call; the last by box
+    assert [call for call in calls if call[0] == "encode"] == [("encode", 64, 1), *looks] and views.LOOKS == 2
     ious = [[masks.iou([a.rle], [masks.encode(true)])[0, 0] for a in answers] for answers in (far, near)]
     assert max(ious[0]) < 0.7 and min(ious[1]) > 0.9
     assert [a.prompt for a in near] == [0, 1]
@@ -251,28 +250,6 @@ def test_nothing_is_looked_at_again_without_a_positive_click_or_with_a_mask(tmp_
     assert clicked(image, before, zoom=True)[1] == [("encode", 64, 1), ("decode", 1, 3)]
 
 
-def test_around_one_click_lie_squares_of_two_sizes():
-    view = View(np.zeros((600, 800, 3), np.uint8), None, (600, 800))
-    large, small = (view.crop(box) for box in views.near(Prompts.of(points=np.array([[[300, 200]]])), 0, view.canvas))
-    assert (large.corner, large.pixels.shape[:2]) == ((220, 120), (160, 160))
-    assert (small.corner, small.pixels.shape[:2]) == ((268, 168), (64, 64))
-
-
-def test_a_view_knows_what_it_cuts_off():
-    picture = View(np.zeros((60, 80, 3), np.uint8), None, (60, 80))
-    piece = View(picture.pixels[:40, 10:40], None, (60, 80), (10, 0))  # at the picture's upper edge
-
-    def cut(view, *box):
-        mask = np.zeros(view.pixels.shape[:2], bool)
-        mask[box[1] : box[3], box[0] : box[2]] = True
-        return view.sides_cut(Crop(mask, (0, 0), mask.shape))
-
-    assert cut(picture, 0, 0, 80, 60) == 0
-    assert [cut(piece, *box) for box in ((0, 5, 9, 9), (1, 0, 30, 39), (0, 0, 30, 40), (1, 1, 29, 39))] == [1, 1, 3, 0]
-    assert piece.sides_cut(Crop(np.ones((2, 2), bool), (28, 7), (40, 30))) == 1  # a piece that does not begin in the view's corner
-    assert piece.sides_cut(Crop(np.zeros((1, 1), bool), (0, 0), (40, 30))) == 0
-
-
 def test_a_crop_hears_its_own_clicks_alone():
     prompts = Prompts.of(points=np.array([[[310, 205], [700, 20], [320, 205]]]), signs=np.array([[1, 0, 0]]))
     view = View(np.zeros((600, 800, 3), np.uint8), None, (600, 800))
@@ -341,7 +318,7 @@ def test_boxes_and_clicks_with_zoom(pictures):
     source = lambda images: [mixed.get(image.key, Prompts.of(boxes=np.zeros((0, 4)))) for image in images]  # noqa: E731
     a, b, c = run(Segmenter(Plan(zoom=True), network=network, source=source), find([pictures]))
     assert [len(r.masks) for r in (a, b, c)] == [2, 1, 0]
-    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)] + [(32, 5)] * 3  # and two around the click
+    assert [call[1:] for call in network.calls if call[0] == "encode"] == [(64, 1), (32, 2)] + [(32, 3)] * (views.LOOKS + 1)
     assert masks.iou(b.masks.rle, [truth(b.image)])[0, 0] > 0.8
 
 
