@@ -252,7 +252,8 @@ def test_edge_sams_encoder_answers_as_the_official_code() -> None:
     x = Frame((256, 256), 256).image(picture()[:256, :256])
     with torch.inference_mode():
         (embedding,) = network.encode(torch.from_numpy(x)[None])
-    np.testing.assert_allclose(embedding[0, ::16, ::2, ::2], np.load(DATA / "edge_sam.npz")["embedding_strided"], atol=2e-5)
+    # with AVX-512 sums are taken in another order than where the official code ran: 2.1e-5 apart
+    np.testing.assert_allclose(embedding[0, ::16, ::2, ::2], np.load(DATA / "edge_sam.npz")["embedding_strided"], atol=5e-5)
 
 
 def test_edge_sam_rates_masks_by_stability() -> None:
