@@ -9,9 +9,9 @@ from itertools import islice
 
 import numpy as np
 from PIL import Image as PILImage
-from scipy import ndimage
 
 from depthseg import masks
+from depthseg.prompts import depths
 from depthseg.sa1b import Sample
 from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Array, Frame
 
@@ -186,9 +186,8 @@ def _prompt(mask: Array, box: Array, asked: Asked, rng: np.random.Generator) -> 
     outside = np.argwhere(~mask[a[1] : b[1], a[0] : b[0]]) + [a[1], a[0]]
     for i in range(clicks):
         if i == 0 and rng.random() < asked.central:
-            low, high = inside.min(0), inside.max(0) + 1  # a rim of one cell around the mask gives the same distances as all of it
-            depth = ndimage.distance_transform_edt(np.pad(mask[low[0] : high[0], low[1] : high[1]], 1))[1:-1, 1:-1]
-            at = np.array(np.unravel_index(depth.argmax(), depth.shape)) + low
+            depth, left, top = depths(mask)
+            at = np.array(np.unravel_index(depth.argmax(), depth.shape)) + (top, left)
             sign = POSITIVE
         else:
             negative = i > 0 and rng.random() < 0.4 and len(outside) > 0

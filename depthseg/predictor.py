@@ -110,7 +110,7 @@ class Predictor:
         for look in range(LOOKS):
             which = [key for key in clicked for _ in latest[key]]
             boxes = [around(asked[v], i, a.rle) for v, i in clicked for a in latest[v, i]]
-            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent, every=True)
+            nearer = self._on_crops(views, asked, which, boxes, strict and look == LOOKS - 1, spent, every=True, central=central)
             for key in clicked:
                 crops = [next(nearer) for _ in latest[key]]  # the candidates of each
                 heard[key] = sum(crops, heard[key])
@@ -128,10 +128,10 @@ class Predictor:
         self, views: Sequence[View], asked: Sequence[Prompts], latest: dict[tuple[int, int], list[Answer]], spent: Seconds | None
     ) -> Iterator[tuple[tuple[int, int], Answer]]:
         """What the boxes of the answers to one click alone are answered, with the view and prompt of each."""
-        alone = [is_one_click(p) for p in asked]
+        lone = [is_one_click(p) for p in asked]
         own: list[list[Answer]] = [[] for _ in views]
         for (v, i), found in latest.items():
-            own[v] += [a for a in found if alone[v][i] and masks.area([a.rle])[0]]
+            own[v] += [a for a in found if lone[v][i] and masks.area([a.rle])[0]]
         boxes = [masks.boxes([a.rle for a in found]) for found in own]
         which = [(v, row) for v, found in enumerate(own) for row in range(len(found))]
         answers = self._on_crops(views, [Prompts.of(boxes=xyxy) for xyxy in boxes], which, list(np.concatenate(boxes)), False, spent)
@@ -149,14 +149,15 @@ class Predictor:
         strict: bool,
         spent: Seconds | None,
         every: bool = False,
+        central: bool = True,
     ) -> Iterator[list[Answer]]:
-        """The answers to each of the prompts `which` (view, row), asked on a crop around its box. strict, every: as in `decode`."""
+        """The answers to each of the prompts `which` (view, row), asked on a crop around its box. The rest as in `decode`."""
         size = int(self.plan.batch * (self.network.side / self.network.zoom_side) ** 2)  # one call has the pixels of a batch of wholes
         for start in range(0, len(which), size):
             some = which[start : start + size]
             crops = [views[v].crop(box) for (v, _), box in zip(some, boxes[start:])]
             questions = [on_crop(asked[v], i, crop) for (v, i), crop in zip(some, crops)]
-            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent, every)
+            found = self.decode(self.encode(crops, self.network.zoom_side, spent), questions, strict, spent, every, central)
             yield from ([a._replace(prompt=i) for a in those] for (_, i), those in zip(some, found))
 
     def encode(self, views: Sequence[View], side: int, spent: Seconds | None = None) -> Encoded:
@@ -169,12 +170,19 @@ class Predictor:
         return Encoded(features, list(views), frames)
 
     def decode(
-        self, encoded: Encoded, asked: Sequence[Prompts], strict: bool = False, spent: Seconds | None = None, every: bool = False
+        self,
+        encoded: Encoded,
+        asked: Sequence[Prompts],
+        strict: bool = False,
+        spent: Seconds | None = None,
+        every: bool = False,
+        central: bool = True,
     ) -> list[list[Answer]]:
         """The answers to the prompts of each view, whose coordinates are the view's own; masks lie on the whole picture.
 
         strict: drop answers below the plan's min_predicted_iou and min_stability, and clean small regions. every: all candidates of a
-        prompt, not the best alone, unless refined ones take their place.
+        prompt, not the best alone, unless refined ones take their place, with the centredness of single clicks where `central` and the
+        plan want it.
         """
         plan = self.plan
         limits = (plan.min_predicted_iou, plan.min_stability)
@@ -183,7 +191,7 @@ class Predictor:
         for v, p in enumerate(asked):
             for i in range(len(p)):
                 groups.setdefault((self.multimask(p.labels[i]), p.masks is not None), []).append((v, i))
-        lone = [is_one_click(p) & (every and plan.central) for p in asked]  # whose centredness is wanted
+        lone = [is_one_click(p) & (every and central and plan.central) for p in asked]  # whose centredness is wanted
         answers: list[list[Answer]] = [[] for _ in asked]
         for (multimask, _), flat in groups.items():
             for start in range(0, len(flat), plan.prompt_batch):
