@@ -39,7 +39,6 @@ class View:
     points: Array  # (P, TOKENS, 2) in the 1024 frame
     labels: Array  # (P, TOKENS)
     dither: Array  # (P,) float32 0..1, for choices that are made later
-    inner: tuple[int, int]  # h, w of the picture in the square
 
 
 def _window(box: Array, size: tuple[int, int], whole: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -165,7 +164,7 @@ def view(
         Frame((pixels.shape[0], pixels.shape[1]), side).image(np.ascontiguousarray(pixels)),
         None if relief is None else frame.depth(np.ascontiguousarray(relief)),
         np.stack(targets), np.stack(boxes), np.stack(points).astype(np.float32), np.stack(labels),
-        rng.random(len(targets)).astype(np.float32), (h, w),
+        rng.random(len(targets)).astype(np.float32),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def stage_of(plan: TrainPlan) -> Stage:
     stage = STAGES[plan.stage]
     if unknown := set(plan.losses) - set(stage.weights):
         raise DepthsegError(f"stage {plan.stage} has no loss called {', '.join(sorted(unknown))}", f"It has {', '.join(stage.weights)}.")
-    own = ("epochs", "batch", "masks", "lr", "boxes_share", "one_click", "central", "rounds", "looks", "batchnorm")
+    own = ("epochs", "batch", "masks", "lr", "boxes_share", "one_click", "central", "rounds", "batchnorm")
     given = {k: v for k in own if (v := getattr(plan, k)) is not None}
     stage = replace(stage, weights={**stage.weights, **plan.losses}, **given)
     if stage.batchnorm not in BATCHNORM:

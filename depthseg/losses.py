@@ -21,11 +21,11 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     return 1 - (2 * (p * target).sum(-1) + 1) / (p.sum(-1) + target.sum(-1) + 1)
 
 
-def iou(logits: Tensor, target: Tensor, hidden: Tensor | float = 0) -> Tensor:
-    """IoU of the thresholded prediction with the soft target: (..., n) -> (...). No gradient. hidden: cells of the target elsewhere."""
+def iou(logits: Tensor, target: Tensor) -> Tensor:
+    """IoU of the thresholded prediction with the soft target: (..., n) -> (...). No gradient."""
     p = (logits.detach() > 0).to(target.dtype)
     inter = torch.minimum(p, target).sum(-1)
-    return inter / (torch.maximum(p, target).sum(-1) + hidden + 1e-6)
+    return inter / (torch.maximum(p, target).sum(-1) + 1e-6)
 
 
 def boundary(p: Tensor) -> Tensor:

@@ -8,9 +8,6 @@ from scipy.ndimage import distance_transform_edt
 
 from depthseg.schema import Array, Crop, Prompts
 
-ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
-ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
-
 
 def grid(size: tuple[int, int], per_side: int) -> Prompts:
     """SAM's grid: per_side x per_side positive points in the middle of equal cells of the image (h, w), row by row."""
@@ -71,16 +68,6 @@ def centredness(mask: Crop, point: Array) -> float:
         return 0.0
     depth, left, top = depths(coarse)
     return float(depth[row - top, column - left] / depth.max())
-
-
-def window(box: Array, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of the square piece of a picture (h, w) that is twice as long as a box (4,) around its middle, clipped to it."""
-    h, w = size
-    low, high = np.clip(box[:2], 0, (w, h)), np.clip(box[2:], 0, (w, h))
-    half = max(ZOOM_FACTOR * float((high - low).max()), ZOOM_LEAST) / 2
-    x0, y0 = np.floor(np.maximum((low + high) / 2 - half, 0)).astype(int).tolist()
-    x1, y1 = np.ceil(np.minimum((low + high) / 2 + half, (w, h))).astype(int).tolist()
-    return x0, y0, x1, y1
 
 
 def random_click(truth: Array, earlier: int, generator: np.random.Generator) -> tuple[int, int, bool]:

@@ -14,9 +14,7 @@ The paper (Sec. 3.2, 4.1) gives two stages of 2 epochs, batch 4, 4 masks per ima
 - Prompts: half boxes, half 1 to 10 clicks with negatives among the later ones (one_click: how many of them are one click alone; central:
   how many begin where the evaluation does, deepest inside the mask). Interactive rounds: in each step up to `rounds` more
   clicks go where the network's own answer is most wrong, as the evaluation places them (upstream trains neither; the paper's
-  gain at 3 and 5 clicks lies there). Looks: what one click finds on inputs larger than a crop's, one of the three answers, is shown on
-  a crop around it and asked for again, up to `looks` times in a row, as `zoom` does; of the IoU there the part of the mask that the crop
-  hides is missing, so that a look from too near learns to rank low.
+  gain at 3 and 5 clicks lies there).
 - Views: crops around an object as `zoom` asks for them, and whole pictures at the native input, where clicks are asked: a click
   means a smaller thing in a larger picture. Networks of one size see whole pictures only. All are flipped at random and change their
   colours, one in ten turns grey (upstream only flips).
@@ -47,7 +45,6 @@ class Stage:
     central: float = 0.5  # share of the first clicks deepest inside the mask, the rest anywhere in it
     paste: float = 0.0  # how often an object of another image is laid over the crop
     rounds: int = 0  # clicks that answer the network's own errors, at most
-    looks: int = 0  # at crops around what one click finds on larger inputs, at most
     alpha: float | None = None  # value to start from
     batchnorm: str = "batch"  # or frozen
     fresh: bool = False  # may start from random weights
@@ -99,7 +96,6 @@ class TrainPlan:
     one_click: float | None = None
     central: float | None = None
     rounds: int | None = None
-    looks: int | None = None
     batchnorm: str | None = None
     losses: dict[str, float] = field(default_factory=dict)  # weights in place of the stage's own
     overfit: int | None = None  # train on the first so many samples only, always the same views of them

@@ -106,10 +106,6 @@ def train(
     rounds: Annotated[
         int | None, typer.Option(min=0, help="Clicks that answer the network's own errors, at most.", rich_help_panel=LEARNING)
     ] = None,
-    looks: Annotated[
-        int | None,
-        typer.Option(min=0, help="Crops around what one click has found, asked one after the other, at most.", rich_help_panel=LEARNING),
-    ] = None,
     batchnorm: Annotated[
         Literal["batch", "frozen"] | None, typer.Option(help="Statistics of each micro-batch, or kept ones.", rich_help_panel=LEARNING)
     ] = None,
@@ -152,7 +148,7 @@ def train(
         stage=stage, data=tuple(map(str, data)), output=str(output), model=model, init=init, depth_maps=depth_maps, teacher=teacher,
         teacher_weights=teacher_weights, steps=steps, epochs=epochs, minutes=minutes, max_hours=max_hours, batch=batch,
         micro_batch=micro_batch, masks=masks, lr=lr, boxes_share=boxes_share, one_click=one_click, central=central, rounds=rounds,
-        looks=looks, batchnorm=batchnorm, losses=_numbers(loss), mix=_numbers(mix), overfit=overfit, seed=seed,
+        batchnorm=batchnorm, losses=_numbers(loss), mix=_numbers(mix), overfit=overfit, seed=seed,
         device=device, precision=precision, compile=compile_,
         workers=workers, ema=ema, clip=clip, save_every=save_every, keep=keep, log_every=log_every, validate=validate,
         validate_images=validate_images, validate_depth=validate_depth, validate_every=validate_every, validate_count=validate_count,

@@ -9,7 +9,6 @@ from PIL import Image as PILImage
 
 from depthseg import masks
 from depthseg.plan import Plan
-from depthseg.prompts import window
 from depthseg.schema import (
     ABSENT,
     CORNER_MAX,
@@ -26,6 +25,8 @@ from depthseg.schema import (
     Prompts,
 )
 
+ZOOM_FACTOR = 2  # side of a crop over the longer side of its box
+ZOOM_LEAST = 32  # pixels: a smaller crop shows nothing
 LOOKS = 2  # at crops around the answers to clicks, after the one at the whole picture
 TRUST = 2  # power of the predicted IoU, and of centredness, in likeliest
 
@@ -53,7 +54,10 @@ class View:
     def crop(self, box: Array) -> "View":
         """The square piece twice as long as the box (4,), clipped to the picture."""
         h, w = self.canvas
-        x0, y0, x1, y1 = window(box, self.canvas)
+        low, high = np.clip(box[:2], 0, (w, h)), np.clip(box[2:], 0, (w, h))
+        half = max(ZOOM_FACTOR * float((high - low).max()), ZOOM_LEAST) / 2
+        x0, y0 = np.floor(np.maximum((low + high) / 2 - half, 0)).astype(int).tolist()
+        x1, y1 = np.ceil(np.minimum((low + high) / 2 + half, (w, h))).astype(int).tolist()
         depth = self.depth
         if depth is not None:  # its pixels need not be those of the picture: cut out with fractions of a pixel
             sx, sy = depth.shape[1] / w, depth.shape[0] / h

@@ -15,21 +15,19 @@ import torch
 from conftest import write_sample
 from PIL import Image as PILImage
 
-from depthseg import catalog, losses, masks, sa1b, train_cli
+from depthseg import catalog, masks, sa1b, train_cli
 from depthseg.augment import TOKENS
 from depthseg.cli import main
 from depthseg.errors import DepthsegError
 from depthseg.learner import Learner, World, _device, stage_of
 from depthseg.models.checkpoint import save
 from depthseg.models.depthseg import build
-from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, Frame, StretchedFrame
+from depthseg.schema import ABSENT, CORNER_MAX, CORNER_MIN, NEGATIVE, PADDING, POSITIVE, StretchedFrame
 from depthseg.stages import STAGES, TrainPlan
-from depthseg.tasks import looks
 from depthseg.tasks.batches import Steps, chances
 from depthseg.tasks.choose import task_of
 from depthseg.tasks.masks import MaskLoss, deepest_errors
 from depthseg.train import readers, replay, train
-from depthseg.views import View
 
 
 def test_a_mix_names_what_there_is_and_leaves_out_the_rest() -> None:
@@ -448,80 +446,6 @@ def test_interactive_rounds_add_clicks_to_clicks_only(root) -> None:
     assert (points[1, 1:3] >= 0).all() and not torch.equal(points[1, 1], batch["points"][1, 1])
     batch["rounds"] = torch.tensor(0)
     assert torch.equal(loss._interactive(network.encode(batch["rgb"]), batch)[1], batch["labels"])
-
-
-def _looked_at(number: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """Two pictures of 384 x 288 pixels at their own size, one with a box and two single clicks, one with a click; the first's pixels."""
-    y, x = np.mgrid[:288, :384]
-    pixels = np.stack([120 + 100 * np.sin(x / 17 + y / 29), 128 + 90 * np.cos(y / 23), (x + y) / 3], -1).astype(np.uint8)
-    rgb = torch.from_numpy(np.stack([Frame((288, 384), 384).image(p) for p in (pixels, pixels[:, ::-1])]))
-    target = torch.zeros(4, 192, 192)
-    target[:, 30:70, 40:100] = 1  # 80 x 120 pixels
-    labels = torch.full((4, TOKENS), ABSENT)
-    labels[0, :2] = torch.tensor([CORNER_MIN, CORNER_MAX])
-    labels[1:, 0], labels[1:, 1] = POSITIVE, PADDING
-    points = torch.zeros(4, TOKENS, 2)
-    points[:, 0] = torch.tensor([140.0, 100.0]) * 1024 / 384
-    points[0, :2] = torch.tensor([[80.0, 60.0], [200.0, 140.0]]) * 1024 / 384
-    batch = {
-        "rgb": rgb, "owner": torch.tensor([0, 0, 0, 1]), "rounds": torch.tensor(0), "looks": torch.tensor(number), "target": target,
-        "boxes": torch.tensor([[80.0, 60.0, 200.0, 140.0]]).repeat(4, 1) / 384, "points": points, "labels": labels,
-        "dither": torch.tensor([0.1, 0.2, 0.5, 0.9]), "inner": torch.tensor([[288, 384], [288, 384]]),
-    }  # fmt: skip
-    return batch, pixels
-
-
-def test_a_look_sees_what_zoom_sees_and_knows_what_it_does_not_see() -> None:
-    network = build("nano", depth=False)
-    batch, pixels = _looked_at(1)
-    boxes = np.array([[80, 60, 200, 140], [130, 90, 150, 110], [130, 90, 380, 140]], np.float32)  # all of it, a part, more than it
-    crops = looks.crops(network, batch, torch.tensor([1, 2, 2]), torch.from_numpy(boxes))
-    for k, box in enumerate(boxes):
-        view = View(pixels, None, (288, 384)).crop(box)
-        frame = Frame(view.pixels.shape[:2], network.zoom_side)
-        assert np.abs(crops["rgb"][k].numpy() - frame.image(view.pixels)).max() < 0.05  # rounded to bytes there
-        np.testing.assert_allclose(crops["points"][k, 0], frame.to_prompt(np.array([140.0, 100.0]) - view.corner), atol=1e-3)
-        scale = network.zoom_side / max(view.pixels.shape[:2])
-        shown = crops["target"][k].sum() / (scale / network.mask_stride) ** 2
-        hidden = crops["hidden"][k] / (scale / network.mask_stride) ** 2
-        assert shown + hidden == pytest.approx(80 * 120, rel=0.02)
-    assert crops["hidden"][0] == 0 and crops["hidden"][1] > 2 * crops["target"][1].sum()
-    x0, y0, x1, y1 = (crops["boxes"][0] * crops["extent"][0] + crops["corner"][0].repeat(2)).tolist()
-    assert (x0, y0, x1, y1) == pytest.approx((80, 60, 200, 140), abs=2)
-    exact = torch.where(crops["target"] > 0.5, 5.0, -5.0)
-    truth = losses.iou(exact.flatten(1)[:, None], crops["target"].flatten(1)[:, None], crops["hidden"][:, None])[:, 0]
-    seen = crops["target"].flatten(1).sum(1)
-    torch.testing.assert_close(truth, seen / (seen + crops["hidden"]), atol=0.06, rtol=0)  # cells on the rim
-
-
-def test_looks_are_for_single_clicks_and_are_each_samples_own() -> None:
-    network = catalog.load("nano").eval()  # BatchNorm in batches would tie the samples together
-    loss = MaskLoss(network, 1, 1, direct=False)
-    counts = [int(loss(_looked_at(number)[0])[1]) for number in (0, 1, 2)]
-    assert counts == [4, 7, 10]
-    together, _ = loss(_looked_at(2)[0])
-    apart: dict[str, float] = {}
-    for v, rows in ((0, slice(3)), (1, slice(3, 4))):
-        batch = {k: x[rows] if len(x.shape) and len(x) == 4 else x for k, x in _looked_at(2)[0].items()}
-        batch |= {"rgb": batch["rgb"][v : v + 1], "inner": batch["inner"][v : v + 1], "owner": batch["owner"] - v}
-        apart = {k: apart.get(k, 0) + x.item() for k, x in loss(batch)[0].items()}
-    for name in ("iou", "aux", "true_iou"):  # mask and dice are taken at points that each part draws for itself
-        assert apart[name] == pytest.approx(together[name].item(), rel=1e-4)
-    only_boxes = {k: x[:1] if len(x.shape) and len(x) == 4 else x for k, x in _looked_at(2)[0].items()}
-    assert int(loss(only_boxes)[1]) == 1
-
-
-def test_what_lies_around_an_empty_answer_is_its_click() -> None:
-    logits = torch.full((2, 8, 8), -1.0)
-    logits[1, 2:4, 5:8] = 1
-    boxes = looks.around(logits, torch.tensor([[1024.0, 0.0], [0.0, 500.0]])) * 8
-    assert boxes.tolist() == [[7, 0, 8, 1], [0, 2, 8, 4]]
-
-
-def test_a_network_of_one_size_has_nothing_to_look_at_from_near(root, tmp_path) -> None:
-    plan = _plan(root, tmp_path, model="efficientvit-sam-l0", looks=1)
-    with pytest.raises(DepthsegError, match="whole pictures only"):
-        task_of(plan, stage_of(plan), build("l0", depth=False))
 
 
 def test_every_stage_names_a_task_and_frozen_statistics_stay(root, tmp_path) -> None:

@@ -103,11 +103,8 @@ def _masks(plan: TrainPlan, stage: Stage, network: DepthSeg, entries: list[sa1b.
     sides: tuple[tuple[int, float, float], ...] = ((network.side, 1.0, 1.0),)
     if network.zoom_side < network.side:  # takes any size
         sides = tuple((round(network.zoom_side * scale / 32) * 32, share, whole) for scale, share, whole in stage.scales)
-    elif stage.looks:
-        raise DepthsegError(f"{plan.model} sees whole pictures only, there is nothing to look at from near", "Leave out --looks.")
     return MaskSource(entries, folder, with_depth, masks=stage.masks, sides=sides, stride=network.mask_stride,
-                      asked=Asked(stage.boxes_share, stage.one_click, stage.central), paste=stage.paste,
-                      rounds=stage.rounds, looks=stage.looks)  # fmt: skip
+                      asked=Asked(stage.boxes_share, stage.one_click, stage.central), paste=stage.paste, rounds=stage.rounds)  # fmt: skip
 
 
 def _teacher(plan: TrainPlan) -> nn.Module:

@@ -17,7 +17,6 @@ from depthseg.augment import TOKENS, Asked, View, view
 from depthseg.depth import DepthFolder
 from depthseg.models.depthseg import DepthSeg
 from depthseg.schema import CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Array, Image
-from depthseg.tasks import looks
 from depthseg.tasks.batches import Batch
 
 POINTS = 12_544  # uncertain points per mask, as upstream; maps with fewer cells are used whole
@@ -25,13 +24,12 @@ DEEPEST = 24  # cells: errors that reach further from their rim count as equally
 
 
 @dataclass(frozen=True)
-class Setting:
+class Look:
     """What the samples of one step have in common."""
 
     side: int  # of the encoder's input
     whole: float  # how often the whole picture is shown
     rounds: int  # clicks that answer the network's own errors
-    looks: int  # at crops around what one click finds
 
 
 @dataclass
@@ -46,18 +44,16 @@ class MaskSource:
     stride: int  # input pixels to one cell of the network's masks
     asked: Asked
     paste: float
-    rounds: int  # at most
-    looks: int  # at most, where the input is larger than a crop's
+    rounds: int
 
-    def setting(self, rng: np.random.Generator) -> Setting:
+    def setting(self, rng: np.random.Generator) -> Look:
         side, _, whole = self.sides[int(rng.choice(len(self.sides), p=[share for _, share, _ in self.sides]))]
-        rounds, looks = (int(rng.integers(most + 1)) for most in (self.rounds, self.looks))
-        return Setting(side, whole, rounds, looks if side > min(side for side, *_ in self.sides) else 0)
+        return Look(side, whole, int(rng.integers(self.rounds + 1)))
 
-    def share(self, setting: Setting) -> float:
+    def share(self, setting: Look) -> float:
         return (min(side for side, *_ in self.sides) / setting.side) ** 2
 
-    def sample(self, index: int, rng: np.random.Generator, setting: Setting) -> View | None:
+    def sample(self, index: int, rng: np.random.Generator, setting: Look) -> View | None:
         shown, depth = self._read(index)
         other = self._read(int(rng.integers(len(self.entries)))) if rng.random() < self.paste else None
         return view(shown, depth, other, setting.side, self.stride, self.masks, setting.whole, self.asked, rng)
@@ -74,14 +70,12 @@ class MaskSource:
             (d,) = self.depth([Image(entry.key, 0, None, (h, w))])
         return sample, np.asarray(PILImage.fromarray(d).resize((w, h), PILImage.Resampling.BILINEAR))
 
-    def collate(self, items: list[View], setting: Setting) -> Batch:
+    def collate(self, items: list[View], setting: Look) -> Batch:
         out = {
             "rgb": np.stack([v.rgb for v in items]),
             "owner": np.repeat(np.arange(len(items)), [len(v.labels) for v in items]),
             "rounds": np.array(setting.rounds),
-            "looks": np.array(setting.looks),
             "dither": np.concatenate([v.dither for v in items]),
-            "inner": np.array([v.inner for v in items]),
             **{k: np.concatenate([getattr(v, k) for v in items]) for k in ("target", "boxes", "points", "labels")},
         }
         if self.with_depth:
@@ -90,7 +84,7 @@ class MaskSource:
 
 
 class MaskLoss(nn.Module):
-    """Eq. 3's five terms for one batch of MaskSource by name, and the IoU of the masks; sums over its prompts and looks."""
+    """Eq. 3's five terms for one batch of MaskSource by name, and the IoU of the masks; sums over its prompts."""
 
     def __init__(self, network: DepthSeg, mask: float, dice: float, direct: bool):
         super().__init__()
@@ -99,25 +93,12 @@ class MaskLoss(nn.Module):
         self.direct = direct
 
     def forward(self, batch: Batch) -> tuple[Batch, Tensor]:
-        features = self.network.encode(batch["rgb"], batch.get("depth"))
+        net = self.network
+        features = net.encode(batch["rgb"], batch.get("depth"))
         points, labels = self._interactive(features, batch)
-        out, _ = self._terms(features, {**batch, "points": points, "labels": labels})
-        count = len(labels)
-        if int(batch["looks"]):
-            rows, boxes, real = looks.first(self.network, features, batch)
-            for _ in range(int(batch["looks"])):
-                crops = looks.crops(self.network, batch, rows, boxes)
-                terms, answers = self._terms(self.network.encode(crops["rgb"], crops.get("depth")), crops)
-                boxes = looks.around(answers, crops["points"][:, 0]) * crops["extent"][:, None] + crops["corner"].repeat(1, 2)
-                out = {name: value + real * terms[name] for name, value in out.items()}
-                count += real * len(rows)
-        return out, torch.tensor(float(count), device=labels.device)
-
-    def _terms(self, features: tuple[Tensor, ...], batch: Batch) -> tuple[Batch, Tensor]:
-        """The terms by name, and the logits (P, s, s) of the answers that the network itself thinks best of those that were asked for."""
-        net, target, labels = self.network, batch["target"], batch["labels"]
-        logits, quality, early = net(features, batch["owner"], batch["points"], labels, intermediate=self.direct)
+        logits, quality, early = net(features, batch["owner"], points, labels, intermediate=self.direct)
         p, tokens = logits.shape[:2]
+        target = batch["target"]
         # Token 0 answers unambiguous prompts, tokens 1..3 compete for the others. Where the evaluation always takes the best of
         # three (official weights), every prompt trains both.
         clear = _clear(labels)
@@ -130,7 +111,7 @@ class MaskLoss(nn.Module):
         mask, dice = cells(logits)
         with torch.no_grad():
             cost = self.mask * mask + self.dice * dice
-            truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None], batch["hidden"][:, None] if "hidden" in batch else 0)
+            truth = losses.iou(logits.flatten(2), target.flatten(1)[:, None])
         rows = torch.arange(p, device=labels.device)
         out: Batch = {}
         for group in groups:
@@ -148,7 +129,7 @@ class MaskLoss(nn.Module):
                 terms["direct"] = (self.mask * m + self.dice * d)[:, 0]
             for name, values in terms.items():
                 out[name] = out.get(name, 0) + values.sum() / len(groups)
-        return out, logits[rows, quality.masked_fill(~groups[-1], -1).argmax(1)].detach()
+        return out, torch.tensor(float(p), device=labels.device)
 
     @torch.no_grad()
     def _interactive(self, features: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, Tensor]:
