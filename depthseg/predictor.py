@@ -94,9 +94,9 @@ class Predictor:
         """With `zoom`, answers to clicks alone after looks at crops around them; all others as they are.
 
         A click says nothing of the size of what is meant, the first answers do, and from near the network ranks them better. What one
-        click alone has found is asked for once more by its box, which the network answers best. Of the latest answers that is given
-        which all together speak for. answers: of each whole picture, one for a prompt or some to choose from. strict: everything
-        mode, which does not ask by box: as in `decode`, for the last look.
+        click alone has found is asked for once more by its box, which the network answers best. Of all answers that is given which
+        all together speak for. answers: of each whole picture, one for a prompt or some to choose from. strict: everything
+        mode, which does not ask by box and gives an answer of the last look, to which the limits of `decode` apply.
         """
         if not self.zoom:
             return list(answers)
@@ -118,10 +118,10 @@ class Predictor:
         if clicked and not strict:
             for key, answer in self._by_box(views, asked, latest, spent):
                 heard[key] = [*heard[key], answer]
-                latest[key] = [*latest[key], answer]
         out: list[list[Answer]] = [[] for _ in views]
-        for v, i in sorted(latest):
-            out[v] += likeliest(latest[v, i], heard[v, i], central)
+        given = latest if strict else heard  # only the last look's have passed the limits of everything mode
+        for v, i in sorted(given):
+            out[v] += likeliest(given[v, i], heard[v, i], central)
         return out
 
     def _by_box(
