@@ -225,6 +225,21 @@ def test_of_several_answers_that_is_given_which_the_others_speak_for():
     assert views.likeliest([aside, thing], [aside, thing], False) == [aside]  # a click may lie anywhere
 
 
+def test_any_answer_to_a_click_may_be_given_but_in_everything_mode_the_last_looks_alone(monkeypatch):
+    def answer(predicted, left):
+        mask = np.zeros((60, 80), bool)
+        mask[20:40, left : left + 20] = True
+        return Answer(0, masks.encode(mask), predicted, 1.0)
+
+    first, stray = answer(0.9, 30), answer(0.2, 45)
+    segmenter = Segmenter(Plan(zoom=True), network=Bright(), source=lambda images: [])
+    monkeypatch.setattr(segmenter, "_on_crops", lambda views, asked, which, *rest, **more: iter([[stray] for _ in which]))
+    view, prompts = View(np.zeros((60, 80, 3), np.uint8), None, (60, 80)), Prompts.of(points=np.array([[[50, 30]]]))
+    for strict, given in ((False, first), (True, stray)):
+        ((found,),) = segmenter.closer([view], [prompts], [[first]], strict)
+        assert found.rle == given.rle
+
+
 def test_candidates_know_how_near_their_middle_they_were_clicked(tmp_path):
     segmenter = Segmenter(Plan(zoom=True), network=Bright(), source=lambda images: [])
     view = views.whole(read(small(tmp_path)), None).crop(np.array([303, 201, 327, 217]))
