@@ -66,7 +66,7 @@ app.command("convert")(convert)
 
 @app.command("depth")
 def depth_maps(
-    paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs.", show_default=False)],
+    paths: Annotated[list[str], typer.Argument(help="Images, folders (searched whole), globs, SA-1B's tars.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the maps.", rich_help_panel=OUTPUT, metavar="DIR")],
     depth: opt.DepthName = Plan.depth,
     device: opt.Device = Plan.device,
@@ -83,10 +83,10 @@ def depth_maps(
     plan = Plan(depth=depth, device=device, precision=precision, backend=backend, batch=batch)
     opt.check_names(plan)
     with contextlib.redirect_stdout(sys.stderr), interruptible(f"stopped; the maps in {output} are whole"):
-        from depthseg import data, sink
+        from depthseg import sa1b, sink
 
         sink.check_output(output, paths)
-        images = data.find(paths, exclude=output)
+        images = sa1b.pictures(paths, exclude=output)
         take(output)
         from depthseg.depth import write_maps
 

@@ -6,6 +6,7 @@ and what cannot be read raises Unreadable with the cause. Knows nothing of detec
 
 import errno
 import importlib.util
+import io
 import os
 import stat
 import warnings
@@ -64,7 +65,7 @@ class Failure:
     reason: str
 
 
-_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full or read-only disk is no matter of one image
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full or read-only disk is no matter of one image
 
 
 def gave_out(error: OSError) -> DepthsegError:
@@ -75,7 +76,7 @@ def gave_out(error: OSError) -> DepthsegError:
 
 def not_written(image: Image, error: OSError) -> Failure:
     """The Failure of an image whose results the file system refuses. Raises DepthsegError where it would refuse all others too."""
-    if error.errno in _ALL:
+    if error.errno in OF_THE_DISK:
         raise gave_out(error) from error
     return Failure(image, "write", error.strerror or str(error))
 
@@ -235,7 +236,10 @@ def _from_file(image: Image, use: Callable[[IO[bytes]], T]) -> T:
         if status.st_size == 0:
             raise Unreadable("empty file (0 bytes)")
         with open(image.path, "rb") as file:
-            return use(file)
+            if image.span is None:
+                return use(file)
+            file.seek(image.span[0])
+            return use(io.BytesIO(file.read(image.span[1])))
     except Unreadable:
         raise
     except FileNotFoundError:

@@ -72,7 +72,7 @@ def pack(
     """
     with contextlib.redirect_stdout(sys.stderr), interruptible(f"stopped; the same command goes on behind the last shard in {output}"):
         from depthseg import packs, sa1b
-        from depthseg.depth import DepthFolder
+        from depthseg.depth import DepthFolder, maps_of
         from depthseg.schema import Image
 
         entries = sa1b.index(roots)
@@ -85,7 +85,9 @@ def pack(
 
         packed = folder is not None or any(e.depth is not None for e in entries)
         with progress("samples") as show:
-            count, left_out = packs.pack(entries, output, side, depth_of if packed else None, workers, progress=show)
+            count, left_out = packs.pack(
+                entries, output, side, depth_of if packed else None, maps_of(depth_maps, *map(str, roots)), workers, progress=show
+            )
     for reason in left_out[:FAILURES_SHOWN]:
         say(f"left out: {reason}")
     if as_json:

@@ -23,7 +23,7 @@ from scipy.ndimage import distance_transform_edt
 from depthseg import catalog, weights
 from depthseg.data import Failure, Unreadable, alike, not_written, read, read_ahead, upright_size
 from depthseg.errors import DepthsegError
-from depthseg.formats import atomic
+from depthseg.formats import PACK, atomic
 from depthseg.pretrained import load, of_tensors
 from depthseg.schema import Array, Depth, Frame, Image
 
@@ -217,9 +217,6 @@ class DepthFolder:
         wrong: list[tuple[Image, DepthsegError]] = []
         for image in images:
             try:
-                if image.path is None and image.pixels is None:  # lies in an archive: its size is not known yet
-                    self._find(image)
-                    continue
                 seen = replace(image, size=upright_size(image))
                 path = self._find(image)
                 self._fit(path, _shape(path), seen)
@@ -299,12 +296,14 @@ def _read_map(path: Path) -> Array:
     return stored
 
 
-def maps_of(folder: str | None) -> str:
-    """Which estimator made the maps of a folder, as its depth.json says; "" where nothing is said."""
-    try:
-        return str(json.loads((Path(folder or "") / "depth.json").read_bytes()).get("estimator", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+def maps_of(*folders: str | None) -> str:
+    """Which estimators made the maps of folders and packs, as their depth.json or pack.json say; "" where nothing is said."""
+    names = set()
+    for folder in filter(None, folders):
+        for file, key in (("depth.json", "estimator"), (PACK, "maps")):
+            with suppress(OSError, ValueError, AttributeError):
+                names.add(str(json.loads((Path(folder) / file).read_bytes()).get(key, "")))
+    return ", ".join(sorted(names - {""}))
 
 
 # ---- the cache ----

@@ -20,6 +20,7 @@ from depthseg import masks as rles
 from depthseg.schema import Array, Masks
 
 _FILL = 0.45  # opacity of a mask's colour
+PACK = "pack.json"  # what a folder of `data pack` says of itself
 LONG_SIDE = (512, 1600)  # working resolution of overlays, pixels: text stays readable, files stay small
 _MAX_TAGS = 25  # more labels than this hide the picture
 # Far to near: black, violet, red, orange, pale yellow; lightness rises evenly, so that nearness reads in grey as well.

@@ -15,16 +15,15 @@ import numpy as np
 from PIL import Image as PILImage
 
 from depthseg import masks, sa1b
-from depthseg.data import in_threads
+from depthseg.data import OF_THE_DISK, gave_out, in_threads
 from depthseg.errors import DepthsegError
-from depthseg.formats import atomic, text_file
+from depthseg.formats import PACK, atomic, text_file
 from depthseg.schema import Array
 
 SHARD = 256_000_000  # bytes
 QUALITY = 95  # of JPEG
 AHEAD = 4  # samples that wait for each thread
 TINY = 24  # pixels: a mask of fewer teaches nothing
-MANIFEST = "pack.json"
 
 # What can be wrong with a sample: whether it cannot be used at all, and in words.
 FAULTS = {
@@ -41,18 +40,18 @@ DepthOf = Callable[[sa1b.Entry, tuple[int, int]], Array | None]  # the map of a 
 
 def check(entries: Sequence[sa1b.Entry], workers: int = 2, progress: Tell = lambda done, total: None) -> Iterator[tuple[str, str, str]]:
     """What is wrong: the sample's key, a key of FAULTS, and a sentence. Every picture and every mask is decoded."""
-    seen: dict[str, str] = {}
+    seen: dict[str, sa1b.Entry] = {}
     for at, (entry, found) in enumerate(zip(entries, in_threads(_look, entries, workers, AHEAD * workers)), 1):
         fault, said, digest = found
-        if digest and (first := seen.setdefault(digest, entry.key)) != entry.key:
-            fault, said = fault or "duplicate", said or first
+        if digest and (first := seen.setdefault(digest, entry)) is not entry and not fault:
+            fault, said = "duplicate", first.key if first.key != entry.key else str(first.root / first.key)  # in another root
         if fault:
             yield entry.key, fault, f"{FAULTS[fault][1]}{f' {said}' if fault == 'duplicate' else f' ({said})' if said else ''}"
         progress(at, len(entries))
 
 
 def unpaired(roots: Sequence[Path]) -> list[tuple[str, str, str]]:
-    """Files of SA-1B's layout in folders that have no partner, as `check` says what is wrong."""
+    """Files of SA-1B's layout, in folders and tars, that have no partner, as `check` says what is wrong."""
     out = []
     for root in roots:
         if root.is_dir() and not (root / sa1b.IDS).is_file():
@@ -60,6 +59,10 @@ def unpaired(roots: Sequence[Path]) -> list[tuple[str, str, str]]:
             other = {".jpg": ".json", ".json": ".jpg"}
             alone = sorted(n for n in names if str(Path(n).with_suffix(other[Path(n).suffix]).as_posix()) not in names)
             out += [(name, "unpaired", FAULTS["unpaired"][1]) for name in alone]
+        for tar in sa1b.tars(root):
+            for stem, kinds in sorted(sa1b.in_tar(tar)[1].items()):
+                if len(kinds.keys() & {"jpg", "json"}) == 1:
+                    out.append((f"{tar.stem}/{stem}.{min(kinds.keys() - {'depth'})}", "unpaired", FAULTS["unpaired"][1]))
     return out
 
 
@@ -81,6 +84,7 @@ def pack(
     output: Path,
     side: int,
     depth: DepthOf | None = None,
+    maps: str = "",
     workers: int = 2,
     shard: int = SHARD,
     progress: Tell = lambda done, total: None,
@@ -88,10 +92,11 @@ def pack(
     """Write the samples into shards `output`/shard-00000.tar; how many there are now, and why others were left out.
 
     side: longest side of the pictures, pixels; smaller ones stay as they are. depth: maps to be packed with them, at most as large.
+    maps: who made these.
     Samples come in an order drawn once, so that the head of a shard is no series. Raises DepthsegError for a folder of other settings.
     """
     order = np.random.default_rng(0).permutation(len(entries)).tolist()
-    made = {"side": side, "depth": depth is not None, "entries": _digest(entries)}
+    made = {"side": side, "depth": depth is not None, "maps": maps, "entries": _digest(entries)}
     state = _begin(output, made, len(entries))
     left_out: list[str] = state["left_out"]
     done, count = state["done"], state["packed"]
@@ -99,12 +104,17 @@ def pack(
     stream = in_threads(lambda at: _packed(entries[at], side, depth), order[done:], workers, AHEAD * workers)
     while done < len(order):
         name = f"shard-{number:05d}.tar"
-        with atomic(output / name) as part:
-            size, done, count = _write_shard(part, stream, done, count, shard, len(order), left_out, progress)
-        state["shards"].append({"file": name, "bytes": size})
-        state |= {"done": done, "packed": count, "left_out": left_out}
+        try:
+            with atomic(output / name) as part:
+                size, done, count = _write_shard(part, stream, done, count, shard, len(order), left_out, progress)
+            state["shards"].append({"file": name, "bytes": size})
+            state |= {"done": done, "packed": count, "left_out": left_out}
+            _note(output, state)
+        except OSError as error:
+            if error.errno in OF_THE_DISK:
+                raise gave_out(error) from error
+            raise
         number += 1
-        _note(output, state)
     return count, left_out
 
 
@@ -134,7 +144,7 @@ def _write_shard(
 def _begin(output: Path, made: dict, total: int) -> dict:
     """What the folder says of itself: that of a stopped run of the same settings, or a new one."""
     try:
-        state = json.loads((output / MANIFEST).read_bytes())
+        state = {"maps": "", **json.loads((output / PACK).read_bytes())}  # earlier packs did not say
         before = {name: state[name] for name in made}
     except FileNotFoundError:
         output.mkdir(parents=True, exist_ok=True)
@@ -144,7 +154,7 @@ def _begin(output: Path, made: dict, total: int) -> dict:
         _note(output, state)
         return state
     except (ValueError, KeyError, TypeError) as error:
-        raise DepthsegError(f"{output / MANIFEST} cannot be read ({error})", "Choose an empty or a new folder.") from error
+        raise DepthsegError(f"{output / PACK} cannot be read ({error})", "Choose an empty or a new folder.") from error
     differ = [f"{name} (was {before[name]}, is {value})" for name, value in made.items() if before[name] != value]
     if differ:
         raise DepthsegError(f"{output} holds a pack of other settings: {', '.join(differ)}", "Use the same, or another folder.")
@@ -152,7 +162,7 @@ def _begin(output: Path, made: dict, total: int) -> dict:
 
 
 def _note(output: Path, state: dict) -> None:
-    with text_file(output / MANIFEST) as file:
+    with text_file(output / PACK) as file:
         file.write(json.dumps(state, indent=1))
 
 

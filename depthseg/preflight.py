@@ -34,8 +34,8 @@ def preflight(learner: Learner, steps: Steps, count: int, folder: Path) -> Itera
     """
     yield Finding("learns", _parts(learner))
     yield from _samples(learner, steps)
-    if (made_by := maps_of(learner.plan.depth_maps)) and learner.plan.depth_maps:
-        yield Finding("depth", f"maps of {made_by} in {learner.plan.depth_maps}")
+    if made_by := maps_of(learner.plan.depth_maps, *learner.plan.data):
+        yield Finding("depth", f"maps of {made_by}")
     yield from _step(learner, steps, count, folder)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from depthseg import masks
-from depthseg.data import decode
+from depthseg.data import decode, find
 from depthseg.errors import NOTHING_TO_DO, DepthsegError
-from depthseg.schema import Array
+from depthseg.schema import Array, Image
 
 IDS = "sa_images_ids.txt"  # of EfficientViT's layout
 
@@ -68,7 +69,8 @@ def _unzipped(path: Path) -> Path:
     return plain
 
 
-def _in_tar(path: Path) -> list[Entry]:
+def in_tar(path: Path) -> tuple[Path, dict[str, dict[str, tuple[int, int]]]]:
+    """The archive itself, not zipped, and offset and bytes of its members by stem and kind: jpg, json or depth."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         plain = _unzipped(path)
@@ -81,6 +83,11 @@ def _in_tar(path: Path) -> list[Entry]:
                     members.setdefault(stem, {})[kind] = (m.offset_data, m.size)
     except Exception as e:  # a dozen types from gzip, zlib and tarfile, for archives that are cut off or none
         raise DepthsegError(f"{path} is not a readable .tar archive ({e})", "The file may be cut off: fetch it again.") from e
+    return plain, members
+
+
+def _in_tar(path: Path) -> list[Entry]:
+    plain, members = in_tar(path)
     return [
         Entry(f"{path.stem}/{stem}.jpg", plain, image=v["jpg"], annotation=v["json"], depth=v.get("depth"))
         for stem, v in sorted(members.items())
@@ -148,15 +155,38 @@ def index(roots: list[Path]) -> list[Entry]:
                 if picture.exists():
                     key = picture.relative_to(root).as_posix()
                     found.append(Entry(key, root, sources.get(f"{root.name}/{key}", "")))
-            for tar in sorted(root.rglob("*.tar")):
-                if not tar.name.endswith(".unzipped.tar"):
-                    found += _in_tar(tar)
+            for tar in tars(root):
+                found += _in_tar(tar)
         if not found:
             raise DepthsegError(
                 f"no sample in {root}", "Expected pairs sa_N.jpg and sa_N.json, in folders or in .tar archives.", NOTHING_TO_DO
             )
         out += found
     return out
+
+
+def tars(root: Path) -> list[Path]:
+    """The archives below a folder, or the one that it is."""
+    if root.is_file():
+        return [root] if root.suffix == ".tar" else []
+    return sorted(t for t in root.rglob("*.tar") if not t.name.endswith(".unzipped.tar"))
+
+
+def picture(entry: Entry) -> Image:
+    """A sample's picture, not read."""
+    return Image(entry.key, 0, entry.root / entry.key if entry.image is None else entry.root, (0, 0), span=entry.image)
+
+
+def pictures(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image]:
+    """Like `data.find`, and the pictures in SA-1B's tars too, which lie among the paths or below them."""
+    packed = [picture(e) for p in map(Path, paths) for tar in tars(p) for e in _in_tar(tar)]
+    plain = [p for p in paths if Path(p).suffix != ".tar"]
+    try:
+        return (find(plain, exclude=exclude) if plain else []) + packed
+    except DepthsegError as error:
+        if packed and error.code == NOTHING_TO_DO:
+            return packed
+        raise
 
 
 def _bytes(entry: Entry, suffix: str, where: tuple[int, int] | None) -> bytes:

@@ -39,6 +39,7 @@ class Image:
     path: Path | None
     size: tuple[int, int]  # h, w after EXIF orientation
     pixels: Array | None = None
+    span: tuple[int, int] | None = None  # offset and bytes, where the path is an archive
 
 
 @dataclass(frozen=True)

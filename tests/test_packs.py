@@ -12,8 +12,8 @@ import pytest
 from PIL import Image as PILImage
 from typer.testing import CliRunner
 
-from depthseg import masks, packs, sa1b
-from depthseg.depth import DepthFolder
+from depthseg import cli, masks, packs, sa1b
+from depthseg.depth import DepthFolder, maps_of
 from depthseg.errors import NOTHING_TO_DO, SOME_FAILED, DepthsegError
 from depthseg.schema import Image
 
@@ -65,6 +65,9 @@ def test_every_fault_is_named(root, tmp_path) -> None:
         "sa_8.json": "unpaired",
     }
     assert found["sa_4.jpg"][1].endswith("sa_000000/sa_3.jpg") and "another size" in found["sa_5.jpg"][1]
+    shutil.copytree(folder, tmp_path / "other" / "sa_000000")
+    twins = {key: said for key, fault, said in packs.check(sa1b.index([root, tmp_path / "other"])) if fault == "duplicate"}
+    assert twins["sa_000000/sa_3.jpg"].endswith(str(folder / "sa_3.jpg")), "the same name in another root"
     done = run("check", root, "--json")
     told = json.loads(done.stdout)
     assert done.exit_code == SOME_FAILED and told["samples"] == 6 and told["unusable"] == 5
@@ -157,10 +160,36 @@ def test_shards_go_on_where_they_stopped(root, tmp_path) -> None:
         assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
     with pytest.raises(DepthsegError, match="other settings: side"):
         packs.pack(entries, tmp_path / "cut", side=32)
+    with pytest.raises(DepthsegError, match="other settings: maps"):
+        packs.pack(entries, tmp_path / "cut", side=64, maps="depth-anything-v2-small")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(DepthsegError, match="not empty"):
         packs.pack(entries, tmp_path / "mine", side=32)
+
+
+def test_tars_get_depth_maps_and_tell_what_has_no_partner(root, tmp_path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "sa_000020.tar", "w") as tar:
+        for file in sorted((root / "sa_000000").iterdir()):
+            if file.name not in ("sa_2.json", "sa_4.jpg"):
+                tar.add(file, f"./{file.name}")
+    found = [(Path(key).name, fault) for key, fault, _ in packs.unpaired([tars])]
+    assert found == [("sa_2.jpg", "unpaired"), ("sa_4.json", "unpaired")]
+    done = CliRunner().invoke(cli.app, ["depth", str(tars), "-o", str(tmp_path / "maps"), "--depth", "nano", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    entries = sa1b.index([tars])
+    assert len(entries) == 4
+    images = [sa1b.picture(e) for e in entries]
+    DepthFolder(tmp_path / "maps").check(images)
+    plain = tmp_path / "plain"
+    assert CliRunner().invoke(cli.app, ["depth", str(root), "-o", str(plain), "--depth", "nano", "--device", "cpu"]).exit_code == 0
+    for image in images:
+        name = f"{Path(image.key).name}.png"
+        assert (tmp_path / "maps" / f"{image.key}.png").read_bytes() == (plain / "sa_000000" / name).read_bytes()
+    done = run("pack", tars, "-o", tmp_path / "pack", "--depth-maps", tmp_path / "maps")
+    assert done.exit_code == 0 and maps_of(None, str(tmp_path / "pack")) == "nano"
 
 
 def test_what_cannot_be_packed_is_said(root, tmp_path) -> None:

@@ -15,7 +15,7 @@ from depthseg.models import checkpoint
 from depthseg.models.boxes import BoxNet
 from depthseg.models.depthnet import DepthNet
 from depthseg.models.depthseg import DepthSeg
-from depthseg.schema import Frame, Image
+from depthseg.schema import Frame
 from depthseg.stages import Stage, TrainPlan
 from depthseg.tasks.batches import Order, Source, chances
 from depthseg.tasks.boxes import BoxLoss, BoxSource
@@ -99,7 +99,7 @@ def _masks(plan: TrainPlan, stage: Stage, network: DepthSeg, entries: list[sa1b.
                 "Make them once with `depthseg depth`, then pass --depth-maps FOLDER.",
             )
         folder = DepthFolder(plan.depth_maps)  # a map that is missing shall not end the run hours later
-        folder.check([Image(e.key, 0, e.root / e.key if e.image is None else None, (0, 0)) for e in entries if e.depth is None])
+        folder.check([sa1b.picture(e) for e in entries if e.depth is None])
     sides: tuple[tuple[int, float, float], ...] = ((network.side, 1.0, 1.0),)
     if network.zoom_side < network.side:  # takes any size
         sides = tuple((round(network.zoom_side * scale / 32) * 32, share, whole) for scale, share, whole in stage.scales)
