@@ -20,10 +20,13 @@ except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
 
+LOCK = ".lock"
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process writes to."""
-    with open(folder / ".lock", "w") as file:
+    with open(folder / LOCK, "w") as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

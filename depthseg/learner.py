@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from depthseg.errors import DepthsegError
-from depthseg.numerics import PRECISIONS, device_of, precision_of
+from depthseg.numerics import PRECISIONS, device_of, precision_of, repeatable, take
 from depthseg.stages import BATCHNORM, STAGES, Stage, TrainPlan
 from depthseg.tasks.batches import Batch
 from depthseg.tasks.choose import Task, network_of, task_of
@@ -90,6 +91,7 @@ class Learner:
     def __init__(self, plan: TrainPlan, stage: Stage, world: World):
         self.plan, self.stage, self.world = plan, stage, world
         self.device, self.precision = _device(plan, world.local)
+        take(self.device, self.precision)
         if stage.batch % world.size:
             raise DepthsegError(f"a batch of {stage.batch} does not divide among {world.size} processes", "Choose --batch accordingly.")
         torch.manual_seed(plan.seed)
@@ -108,8 +110,6 @@ class Learner:
             _compile(self.network)
         self.step = 0
         self.spent = 0.0  # seconds of earlier sittings
-        self.unreadable = 0  # samples
-        self.best: float | None = None  # of the validation
 
     def _groups(self) -> list[dict]:
         """Weight decay on matrices and kernels only."""
@@ -143,7 +143,8 @@ class Learner:
         for batch in batches:
             terms, n = self._forward(batch)
             total = sum((w * terms[k] for k, w in self.stage.weights.items() if w), torch.zeros((), device=self.device))
-            self.scaler.scale(total).backward()
+            with repeatable() if self.device.type == "cpu" else nullcontext():
+                self.scaler.scale(total).backward()
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0) + v.detach().float()
             count += n.float()
@@ -209,13 +210,16 @@ class Learner:
     def state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "step": self.step, "spent": self.spent, "unreadable": self.unreadable, "best": self.best,
+            "scaler": self.scaler.state_dict(), "step": self.step, "spent": self.spent,
         }  # fmt: skip
 
     def write(self, path: Path) -> None:
         """The state as a file. Raises DepthsegError where it cannot be written."""
         try:
-            torch.save(self.state(), path)
+            with path.open("wb") as file:
+                torch.save(self.state(), file)
+                file.flush()
+                os.fsync(file.fileno())  # before it takes the place of an earlier one
         except (OSError, RuntimeError) as error:  # torch's own for a full disk is a RuntimeError about positions
             free = shutil.disk_usage(path.parent).free / 1e9
             raise DepthsegError(f"the state cannot be written to {path.parent}, which has {free:.1f} GB free", MAKE_ROOM) from error
@@ -224,8 +228,7 @@ class Learner:
         for name in ("network", "average", "optimizer", "scaler"):
             if state[name]:  # that of a scaler is empty where the run began in another precision, on another device
                 getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "spent", "unreadable", "best"):
-            setattr(self, name, state[name])
+        self.step, self.spent = state["step"], state["spent"]
 
 
 def _device(plan: TrainPlan, local: int) -> tuple[torch.device, str]:

@@ -15,7 +15,7 @@ import torch
 
 from depthseg import backends, edges, masks, refine
 from depthseg.models.sam import SamHead
-from depthseg.numerics import device_of, inference, keep_memory, precision_of, take_threads
+from depthseg.numerics import device_of, inference, precision_of, take
 from depthseg.plan import Plan
 from depthseg.prompts import centredness
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
@@ -47,12 +47,8 @@ class Predictor:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.device = device_of(plan.device)
-        if self.device.type == "cpu":
-            keep_memory()
-            take_threads(plan.threads)
-        else:
-            torch.backends.cudnn.allow_tf32 = False  # or convolutions in fp32 would have fp16's ten bits
         self.precision = precision_of(plan.precision, self.device)
+        take(self.device, self.precision, plan.threads)
         backends.check(plan.backend, self.device)
         self.edges_on_device = self.device.type == "cuda"  # masks become RLE there, where that gives the same
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU

@@ -121,3 +121,4 @@ class TrainPlan:
 # Fields that steer a run's course, not what it computes: they may change when it goes on.
 FREE = {"steps", "epochs", "minutes", "max_hours", "workers", "save_every", "keep", "log_every", "device", "output", "micro_batch",
         "validate_images", "validate_every", "validate_count", "max_unreadable"}  # fmt: skip
+MENDING = {"lr", "precision"}  # they change it, and may do so: how a run whose losses are no longer finite goes on

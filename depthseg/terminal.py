@@ -28,8 +28,8 @@ def take(folder: Path) -> None:
     """Make the output folder, or refuse it before any work is done for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still takes names
     except OSError as error:
         raise DepthsegError(f"cannot write to {folder} ({error.strerror})", "Choose another folder with -o.") from None
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,22 @@ from torch.utils.data import DataLoader
 
 from depthseg import __version__
 from depthseg.curves import Log
-from depthseg.data import cores
+from depthseg.data import OF_THE_DISK, cores
 from depthseg.depth import maps_of
-from depthseg.errors import DepthsegError
+from depthseg.errors import GAVE_OUT, DepthsegError
 from depthseg.formats import atomic, text_file
-from depthseg.learner import Learner, World, stage_of
+from depthseg.journal import LOCK, locked
+from depthseg.learner import MAKE_ROOM, Learner, World, stage_of
 from depthseg.models import checkpoint
 from depthseg.preflight import preflight
-from depthseg.stages import FREE, TrainPlan
+from depthseg.stages import FREE, MENDING, TrainPlan
 from depthseg.tasks.batches import Step, Steps
 from depthseg.validation import Validation
 
 ENDLESS = 10**7  # steps of a run that ends by the clock
 NOT_FINITE = 5  # steps in a row, after which a run is given up
-BAD_BATCH = "bad-batch.pt"
+BAD_BATCH = "bad-batch-{}.pt"  # of each process by its rank
+UNREADABLE = "unreadable.txt"
 MOST_READERS = 8  # for each process that computes; a sample costs some 30 to 120 ms of a core to read
 
 Tell = Callable[[str, dict[str, Any]], None]  # told (what kind, its values): preflight, log, validation, note
@@ -59,6 +62,19 @@ def train(
     share of the batch; the first one writes and tells. Raises DepthsegError for what a user can mend.
     """
     world = World()
+    try:
+        with ExitStack() as held:
+            if world.rank == 0:  # two runs in one folder would write each other's files
+                Path(plan.output).mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(Path(plan.output)))
+            return _train(plan, world, resume, check, anew, tell, stop)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise DepthsegError(f"{plan.output} takes nothing any more ({error.strerror})", MAKE_ROOM, GAVE_OUT) from error
+
+
+def _train(plan: TrainPlan, world: World, resume: bool, check: bool, anew: bool, tell: Tell, stop: Callable[[], int]) -> Path:
     stage = stage_of(plan)
     out = Path(plan.output)
     last = out / "last.pt"
@@ -72,20 +88,23 @@ def train(
     if world.rank:
         tell = _silent
     elif anew:
-        shutil.rmtree(out, ignore_errors=True)
+        _clear(out)
     world.wait()
     steps = Steps(learner.task.source, learner.task.order, stage.batch, plan.micro_batch or stage.batch, plan.seed, world.rank, world.size,
                   -(-plan.overfit // stage.batch) if plan.overfit else None)  # fmt: skip
     count = _length(plan, stage.epochs, steps)
-    told = {**asdict(plan), "maps_of": maps_of(plan.depth_maps), "samples": learner.task.order.count}
+    told = {**asdict(plan), "maps_of": maps_of(plan.depth_maps, *plan.data), "samples": learner.task.order.count}
     if resume and last.exists():
-        if (begun := _same_run(told, out)) not in (None, __version__):
+        begun, mended = _same_run(told, out)
+        if mended:
+            tell("note", mended)
+        if begun not in (None, __version__):
             tell("note", {"version": f"the run began with depthseg {begun}, and goes on as {__version__} computes"})
         learner.load(_state(last, learner.device))
     elif world.rank == 0:
         if resume:
             tell("note", {"resume": f"{out} holds no checkpoint, so this is a new run"})
-        out.mkdir(parents=True, exist_ok=True)
+        (out / UNREADABLE).unlink(missing_ok=True)
         with text_file(out / "plan.json") as file:
             file.write(json.dumps({**told, "version": __version__}, indent=1))
     world.wait()  # for the folder
@@ -100,6 +119,15 @@ def train(
     if stopped:
         raise KeyboardInterrupt(stopped)
     return out / "weights.safetensors"
+
+
+def _clear(folder: Path) -> None:
+    """Empty a run's folder, but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _length(plan: TrainPlan, epochs: float, steps: Steps) -> int:
@@ -120,8 +148,8 @@ def _state(path: Path, device: torch.device) -> dict[str, Any]:
         raise DepthsegError(f"{path} cannot be read ({str(error)[:120]})", how) from error
 
 
-def _same_run(told: dict[str, Any], out: Path) -> str | None:
-    """The version that a run began with. Refuses to go on with other options or samples; what only steers its course may change."""
+def _same_run(told: dict[str, Any], out: Path) -> tuple[str | None, dict[str, str]]:
+    """The version that a run began with, and in words what of MENDING has changed. Refuses to go on with other options or samples."""
     try:
         before = json.loads((out / "plan.json").read_text())
         if not isinstance(before, dict):
@@ -130,10 +158,11 @@ def _same_run(told: dict[str, Any], out: Path) -> str | None:
         raise DepthsegError(f"{out} has a checkpoint but no readable plan.json", "Start anew in another --output.") from e
     before = {"samples": told["samples"], **before}  # which earlier runs did not note
     now = json.loads(json.dumps(told))
-    differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in FREE and before.get(k) != v]
+    differ = [f"{k} (was {before.get(k)!r}, is {v!r})" for k, v in now.items() if k not in FREE | MENDING and before.get(k) != v]
     if differ:
         raise DepthsegError(f"{out} holds a run with other options: {', '.join(differ)}", "Use the same, or another --output.")
-    return before.get("version")
+    mended = {k: f"was {before.get(k)!r}, is {now[k]!r} from here" for k in MENDING if before.get(k) != now[k]}
+    return before.get("version"), mended
 
 
 def _validated(validation: Validation, learner: Learner, out: Path) -> dict[str, float]:
@@ -160,6 +189,7 @@ class _Sitting:
         self.validation, self.tell = validation, tell
         self.first = world.rank == 0
         self.log = Log(out, learner.step) if self.first else None
+        self.unreadable = int(world.of_first(len(self._noted()), learner.device))  # samples, each counted once
         self.saved = learner.step
         self.began = time.monotonic() - learner.spent
         self.opened = time.monotonic()
@@ -181,6 +211,8 @@ class _Sitting:
                             prefetch_factor=4 if workers else None, pin_memory=pinned, worker_init_fn=_deaf)  # fmt: skip
         window = _Window()
         bad = 0
+        if self._validating() and not self._scores(learner.step):  # the sitting before was stopped while it validated
+            self._validate()
         waiting = time.monotonic()
         for step in loader:
             window.wait += time.monotonic() - waiting
@@ -190,7 +222,7 @@ class _Sitting:
             told = {"unreadable": self._usable(step), "stop": float(bool(asked)), "late": float(self._late())}
             log_now = (learner.step + 1) % plan.log_every == 0
             found = learner.learn(step.batches, done, told, norms=log_now)
-            learner.unreadable += int(found.pop("unreadable"))
+            self.unreadable += int(found.pop("unreadable"))
             stopped, late = found.pop("stop"), found.pop("late")
             bad = bad + 1 if found["skipped"] else 0
             if bad == NOT_FINITE:
@@ -199,19 +231,25 @@ class _Sitting:
             if log_now:
                 self._tell_log(window, found, done)
                 window = _Window()
-            if validating := bool(self.validation) and (learner.step % plan.validate_every == 0 or learner.step == self.count):
-                self._validate()
+            validating = self._validating()
             if learner.step % plan.save_every == 0 or validating or stopped or late:
                 self.save()
             if stopped or late:
                 if not asked:
                     self.tell("note", {"stopped": f"at step {learner.step:,} of {self.count:,}; go on with --resume"})
                 return asked if stopped else 0
+            if validating:
+                self._validate()
             waiting = time.monotonic()
+        self.save()
         if self.validation and plan.minutes is not None and learner.step % plan.validate_every:  # the clock ended it between two
             self._validate()
-        self.save()
         return 0
+
+    def _validating(self) -> bool:
+        """Whether the network is measured after the steps taken so far."""
+        step = self.learner.step
+        return self.validation is not None and step > 0 and (step % self.plan.validate_every == 0 or step == self.count)
 
     def _done(self) -> float:
         """The share of the schedule, by steps, or by the first process' clock."""
@@ -227,31 +265,41 @@ class _Sitting:
         too many, or nothing is left."""
         new: list[str] = []
         if step.unreadable:
-            with (self.out / "unreadable.txt").open("a+", encoding="utf-8", errors="replace") as file:
-                file.seek(0)
-                known = {line.rstrip("\n") for line in file}
-                new = [reason for reason in dict.fromkeys(" ".join(r.split()) for r in step.unreadable) if reason not in known]
+            known = self._noted()
+            new = [reason for reason in dict.fromkeys(" ".join(r.split()) for r in step.unreadable) if reason not in known]
+            with (self.out / UNREADABLE).open("a", encoding="utf-8", errors="replace") as file:
                 file.writelines(reason + "\n" for reason in new)
-        if self.learner.unreadable > self.plan.max_unreadable:
+        if self.unreadable > self.plan.max_unreadable:
             self.save()
             raise DepthsegError(
-                f"{self.learner.unreadable} training samples could not be read",
-                f"{self.out / 'unreadable.txt'} names them; mend them, or raise --max-unreadable, and go on with --resume.",
+                f"{self.unreadable} training samples could not be read",
+                f"{self.out / UNREADABLE} names them; mend them, or raise --max-unreadable, and go on with --resume.",
             )
         if step.failure:
+            if self.world.size == 1:  # the other processes do not know of it, and would not save with this one
+                self.save()
             raise DepthsegError(step.failure, "`depthseg data check` names all samples that are broken.")
         return len(new)
 
+    def _noted(self) -> set[str]:
+        """The samples that were passed over, with reasons."""
+        try:
+            return set((self.out / UNREADABLE).read_text(encoding="utf-8", errors="replace").splitlines())
+        except FileNotFoundError:
+            return set()
+
     def _give_up(self, step: Step) -> None:
-        """Keep the batch, and the weights that it met, for `replay`."""
-        if self.first:
-            kept = {"plan": json.dumps(asdict(self.plan)), "network": self.learner.network.state_dict(), "batches": step.batches,
-                    "step": self.learner.step}  # fmt: skip
-            with atomic(self.out / BAD_BATCH) as part:
-                torch.save(kept, part)
+        """Keep each process' share of the batch, and the weights that it met, for `replay`."""
+        self.save()
+        name = BAD_BATCH.format(self.world.rank)
+        kept = {"plan": json.dumps(asdict(self.plan)), "network": self.learner.network.state_dict(), "batches": step.batches,
+                "step": self.learner.step, "rank": self.world.rank}  # fmt: skip
+        with atomic(self.out / name) as part:
+            torch.save(kept, part)
+        self.world.wait()  # who ends first ends the others
         raise DepthsegError(
             f"the loss or its gradient was not finite in {NOT_FINITE} steps in a row, up to step {self.learner.step}",
-            f"{self.out / BAD_BATCH} holds the last batch and the weights. Lower --lr, or use --precision fp32, and go on with --resume.",
+            f"{self.out / name} holds the last batch and the weights. Lower --lr, or use --precision fp32, and go on with --resume.",
         )
 
     def _tell_log(self, window: "_Window", found: dict[str, float], done: float) -> None:
@@ -262,8 +310,8 @@ class _Sitting:
         alpha = getattr(self.learner.network, "alpha", None)
         if alpha is not None:
             line["alpha"] = round(float(alpha.detach()), 6)
-        if self.learner.unreadable:
-            line["unreadable"] = self.learner.unreadable
+        if self.unreadable:
+            line["unreadable"] = self.unreadable
         self.log.write(line)
         self.tell("log", {**line, "done": done})
 
@@ -271,13 +319,19 @@ class _Sitting:
         """The first process measures; what it finds is kept with the weights."""
         if not (self.first and self.validation and self.log):
             return
+        best = max((line["val_miou"] for line in self.log.lines if "val_miou" in line), default=-1.0)
         scores = _validated(self.validation, self.learner, self.out)
         self.log.write({"step": self.learner.step, **{f"val_{k}": v for k, v in scores.items()}})
         self.log.draw()
         self.tell("validation", {"step": self.learner.step, **scores})
-        if self.learner.best is None or scores["miou"] > self.learner.best:
-            self.learner.best = scores["miou"]
+        if scores["miou"] > best:
             self._export("best.safetensors")
+        self._describe("weights.safetensors")
+
+    def _scores(self, step: int | None = None) -> dict[str, float]:
+        """What the validation measured last, or after that step."""
+        lines = self.log.lines if self.log else []
+        return {k: v for line in lines if step in (None, line["step"]) for k, v in line.items() if k.startswith("val_")}
 
     def save(self) -> None:
         """The state, and the weights for use."""
@@ -292,7 +346,10 @@ class _Sitting:
             if self.plan.keep and last.exists() and self.saved < learner.step:
                 with atomic(self.out / f"step-{self.saved:08d}.pt") as earlier:
                     earlier.unlink(missing_ok=True)
-                    os.link(last, earlier)  # costs nothing: the new file takes only the name away
+                    try:
+                        os.link(last, earlier)  # costs nothing: the new file takes only the name away
+                    except OSError:  # a file system without links
+                        shutil.copyfile(last, earlier)
         self.saved = learner.step
         if self.plan.keep:
             for old in sorted(self.out.glob("step-*.pt"))[: -self.plan.keep]:
@@ -303,9 +360,11 @@ class _Sitting:
         plan, learner = self.plan, self.learner
         about = {"stage": plan.stage, "step": str(learner.step), "model": plan.model}
         checkpoint.save(learner.average.module, self.out / name, about)
-        scores = {k: v for line in (self.log.lines if self.log else []) for k, v in line.items() if k.startswith("val_")}
+        self._describe(name)
+
+    def _describe(self, name: str) -> None:
         with text_file((self.out / name).with_suffix(".md")) as file:
-            file.write(card(plan, learner.step, scores))
+            file.write(card(self.plan, self.learner.step, self._scores()))
 
 
 class _Window:
@@ -354,11 +413,13 @@ def card(plan: TrainPlan, step: int, scores: dict[str, float]) -> str:
 
 
 def replay(path: Path, device: str = "cpu") -> dict[str, float]:
-    """The losses of a kept batch (BAD_BATCH) with the weights that it met, as means: for finding out what was not finite."""
+    """The losses of a process' kept batch (BAD_BATCH) with the weights that it met, as means: for finding out what was not finite."""
     kept = torch.load(path, map_location=device, weights_only=True)
     told = json.loads(kept["plan"])
     plan = TrainPlan(**{**told, "data": tuple(told["data"]), "device": device, "compile": False})
-    learner = Learner(plan, stage_of(plan), World())
+    world = World()
+    world.rank, world.size = kept["rank"], 1
+    learner = Learner(plan, stage_of(plan), world)
     learner.network.load_state_dict(kept["network"])
     learner.step = kept["step"] - 1
     return learner.learn(kept["batches"], 0.0)

@@ -1,5 +1,6 @@
 """The trainer on a few tiny samples."""
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ from PIL import Image as PILImage
 from depthseg import catalog, masks, sa1b, train_cli
 from depthseg.augment import TOKENS
 from depthseg.cli import main
+from depthseg.curves import Log
 from depthseg.errors import DepthsegError
+from depthseg.journal import locked
 from depthseg.learner import Learner, World, _device, stage_of
 from depthseg.models.checkpoint import save
 from depthseg.models.depthseg import build
@@ -202,20 +205,21 @@ def test_two_processes_compute_what_one_does(root, tmp_path) -> None:
 
 
 def test_killed_at_any_step_a_run_ends_bit_for_bit_as_if_nothing_had_happened(root, tmp_path) -> None:
-    """The real command, killed by the system; with the clicks of interactive rounds and two workers' worth of randomness in it."""
-    words = ["train", "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "--masks", "2", "--boxes-share", "0.3",
+    """The real command on two threads, killed by the system; with the clicks of interactive rounds and a reader's randomness in it."""
+    threads = {**os.environ, "OMP_NUM_THREADS": "2"}
+    words = ["train", "--stage", "0", "--model", "nano", "--data", str(root), "--batch", "2", "--masks", "4", "--boxes-share", "0.3",
              "--steps", "6", "--save-every", "1", "--log-every", "1", "--workers", "1", "--device", "cpu", "--no-preflight"]  # fmt: skip
     command = [sys.executable, "-m", "depthseg", *words]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True, timeout=240)
-    process = subprocess.Popen([*command, "-o", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True, timeout=240, env=threads)
+    process = subprocess.Popen([*command, "-o", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
     while not (cut / "log.jsonl").exists() or len((cut / "log.jsonl").read_text().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
     assert torch.load(cut / "last.pt", weights_only=True)["step"] < 6
-    subprocess.run([*command, "-o", str(cut), "--resume"], check=True, capture_output=True, timeout=240)
+    subprocess.run([*command, "-o", str(cut), "--resume"], check=True, capture_output=True, timeout=240, env=threads)
     a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, cut))
     for name in ("network", "average"):
         assert all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
@@ -285,11 +289,52 @@ def test_what_is_not_finite_is_skipped_then_kept_for_replay(root, tmp_path) -> N
     with pytest.raises(DepthsegError, match="5 steps in a row"):
         train(plan, tell=lambda kind, values: lines.append(values))
     assert [line["skipped"] for line in lines] == [1.0] * 4
-    before = torch.load(tmp_path / "o" / "bad-batch.pt", weights_only=True)
+    assert torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"] == 5, "to go on from, with another --lr or --precision"
+    before = torch.load(tmp_path / "o" / "bad-batch-0.pt", weights_only=True)
     assert before["step"] == 5 and len(before["batches"]) == 1
     assert all(torch.isfinite(v).all() for v in before["network"].values()), "no step was taken"
-    found = replay(tmp_path / "o" / "bad-batch.pt")
+    found = replay(tmp_path / "o" / "bad-batch-0.pt")
     assert found["skipped"] == 1 and np.isfinite(found["dice"])
+
+
+def test_a_run_may_go_on_with_what_mends_it(root, tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(_plan(root, tmp_path / "o", steps=3))
+    notes = []
+    train(
+        _plan(root, tmp_path / "o", steps=3, lr=1e-6),
+        resume=True,
+        tell=lambda kind, values: notes.append(values) if kind == "note" else None,
+    )
+    assert notes == [{"lr": "was None, is 1e-06 from here"}]
+    with pytest.raises(DepthsegError, match=r"other options: seed \(was 0, is 1\)"):
+        train(_plan(root, tmp_path / "o", steps=3, seed=1), resume=True)
+
+
+def test_a_second_run_in_the_folder_is_refused(root, tmp_path) -> None:
+    (tmp_path / "o").mkdir()
+    with locked(tmp_path / "o"), pytest.raises(DepthsegError, match="another process is writing"):
+        train(_plan(root, tmp_path / "o"))
+    train(_plan(root, tmp_path / "o"))
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_threads_add_a_gradient_up_in_one_order(root, tmp_path, rounds) -> None:
+    """Several prompts of one picture give its features gradients, which threads would add as they come."""
+    threads = torch.get_num_threads()
+    learner, _ = _taught(root, tmp_path, masks=3, boxes_share=0.5, rounds=rounds)
+    learner.optimizer.step = lambda: None  # each time from the same weights
+    (alone,) = Steps(learner.task.source, learner.task.order, 1, 1, 0)[0].batches
+    seen = set()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(8):
+            learner.step = 0
+            learner.learn([alone], 0.0)
+            seen.add(b"".join(p.grad.numpy().tobytes() for p in learner.network.parameters() if p.grad is not None))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1 and not torch.are_deterministic_algorithms_enabled()
 
 
 def _taught(root, out, **changes):
@@ -343,6 +388,24 @@ def test_a_full_disk_is_said(root, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DepthsegError, match=r"cannot be written to .* GB free"):
         train(_plan(root, tmp_path / "o"))
+
+    def full_too(log, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Log, "write", full_too)
+    with pytest.raises(DepthsegError, match="takes nothing any more") as said:
+        train(_plan(root, tmp_path / "p", log_every=1))
+    assert "--resume" in said.value.hint
+
+
+def test_checkpoints_are_kept_where_files_have_no_second_name(root, tmp_path, monkeypatch) -> None:
+    def refused(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    train(_plan(root, tmp_path / "o", steps=3, keep=1))
+    assert torch.load(tmp_path / "o" / "step-00000002.pt", weights_only=True)["step"] == 2
 
 
 def test_what_a_run_is_told_in_vain_is_refused_or_said(root, tmp_path) -> None:
@@ -401,10 +464,27 @@ def test_broken_samples_are_named_and_have_a_limit(root, tmp_path) -> None:
     assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] < 40, "what was learned is kept"
     train(_plan(some, tmp_path / "d", steps=12, batch=6, masks=1, max_unreadable=3))  # three, however many epochs meet them
     assert sorted(line.split(":")[0] for line in (tmp_path / "d" / "unreadable.txt").open()) == ["sa_0.jpg", "sa_1.jpg", "sa_2.jpg"]
+    (some / "sa_3.jpg").write_bytes(b"no picture")
+    with pytest.raises(DepthsegError, match=r"^4 training samples"):  # one more than those of the sitting before
+        train(_plan(some, tmp_path / "d", steps=24, batch=6, masks=1, max_unreadable=3), resume=True)
     for i in range(6):
         (some / f"sa_{i}.jpg").write_bytes(b"no picture")
     with pytest.raises(DepthsegError, match="in a row cannot be read"):
         train(_plan(some, tmp_path / "c"))
+
+
+def test_a_damaged_depth_map_is_one_sample_that_cannot_be_read(root, tmp_path) -> None:
+    maps = tmp_path / "maps" / "sa_000000"
+    maps.mkdir(parents=True)
+    for i in range(4):
+        PILImage.fromarray(np.random.default_rng(i).integers(0, 65535, (96, 128), dtype=np.uint16)).save(maps / f"sa_{i}.jpg.png")
+    whole = (maps / "sa_1.jpg.png").read_bytes()
+    (maps / "sa_1.jpg.png").write_bytes(whole[: len(whole) // 2])  # its header is there, so that nothing shows before it is read
+    save(build("nano", depth=True), tmp_path / "start.safetensors", {})
+    train(_plan(root, tmp_path / "o", stage="1", model="nano-depth", init=str(tmp_path / "start.safetensors"), steps=4,
+                depth_maps=str(tmp_path / "maps")))  # fmt: skip
+    (line,) = (tmp_path / "o" / "unreadable.txt").read_text().splitlines()
+    assert line.startswith("sa_000000/sa_1.jpg: ") and "depth map" in line
 
 
 def test_the_next_click_goes_where_the_answer_is_most_wrong() -> None:
@@ -545,6 +625,26 @@ def test_validation_is_the_evaluation_in_small(root, tmp_path) -> None:
     subprocess.run([sys.executable, "-m", "depthseg", *told], check=True, capture_output=True, timeout=240)
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert lines[-1]["val_miou"] == pytest.approx(report["metrics"]["miou"], abs=0.6), "fp16 kernels are all that differs"
+
+
+def test_what_was_learned_is_saved_before_it_is_validated(root, tmp_path, monkeypatch) -> None:
+    file = _coco(root, tmp_path)
+    plan = _plan(root, tmp_path / "o", steps=3, validate=str(file), validate_images=str(root), validate_every=2, validate_count=1,
+                 save_every=1000, log_every=1000)  # fmt: skip
+
+    def failing(*args):
+        raise DepthsegError("the validation picture cannot be used")
+
+    with monkeypatch.context() as patch, pytest.raises(DepthsegError, match="validation picture"):
+        patch.setattr("depthseg.train._validated", failing)
+        train(plan)
+    assert torch.load(tmp_path / "o" / "last.pt", weights_only=True)["step"] == 2
+    train(plan, resume=True)
+    assert [line["step"] for line in _log(tmp_path / "o") if "val_miou" in line] == [2, 3], "the one that was missed comes first"
+    last = next(line for line in reversed(_log(tmp_path / "o")) if "val_miou" in line)
+    assert (
+        f"| miou | {last['val_miou']} |" in (tmp_path / "o" / "weights.md").read_text() and (tmp_path / "o" / "best.safetensors").exists()
+    )
 
 
 def test_a_run_that_the_clock_ends_is_validated_at_its_end(root, tmp_path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from depthseg import losses, sa1b
 from depthseg.augment import TOKENS, Asked, View, view
 from depthseg.depth import DepthFolder
+from depthseg.errors import DepthsegError
 from depthseg.models.depthseg import DepthSeg
 from depthseg.schema import CORNER_MIN, NEGATIVE, PADDING, POSITIVE, PROMPT_SIDE, Array, Image
 from depthseg.tasks.batches import Batch
@@ -67,7 +68,10 @@ class MaskSource:
         d = sa1b.depth_of(entry)
         if d is None:
             assert self.depth is not None
-            (d,) = self.depth([Image(entry.key, 0, None, (h, w))])
+            try:
+                (d,) = self.depth([Image(entry.key, 0, None, (h, w))])
+            except DepthsegError as error:  # one map is one sample, not the run
+                raise ValueError(f"{entry.key}: {error.message}") from error
         return sample, np.asarray(PILImage.fromarray(d).resize((w, h), PILImage.Resampling.BILINEAR))
 
     def collate(self, items: list[View], setting: Look) -> Batch:
