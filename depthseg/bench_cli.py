@@ -239,6 +239,10 @@ def _show(told: dict[str, Any]) -> None:
         for row in told["cases"] for name, it in row["against"].items()
     ]  # fmt: skip
     if against:
+        if told["precision"] != "fp32":
+            typer.echo(
+                f"ours computes in {told['precision']}, the others in fp32: with --precision fp32 the ratios are those of the code alone"
+            )
         table(["against", "size", "boxes", "depth", f"its {unit}", "ours", "ratio: least", "median", "most", "mIoU of masks"], against)
     peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in told["peaks"].items())
     typer.echo(f"the best of torch here, GFLOP/s of {('the card', 'one core')[which]}: {peaks}")

@@ -122,6 +122,9 @@ app.command()(models)
 app.command()(doctor)
 
 
+_MEMORY_FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the CPU, a card, and NVIDIA's libraries
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -137,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
             verb = f" {argv[0]}" if argv[0] in _verbs() else ""
             if message := error.format_message():  # empty where a group of commands has printed its help instead
                 _explain("error", message, f"depthseg{verb} --help lists what there is.")
-        elif type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):  # a card's, or the CPU's
+        elif isinstance(error, MemoryError) or any(sign in str(error) for sign in _MEMORY_FULL):
             _explain(
                 "error", "the memory is full", "Use a smaller --batch or --prompt-batch (training: --micro-batch), or another --model."
             )

@@ -4,7 +4,10 @@ A box takes the mask with the highest IoU with it; points take the masks that ha
 merged. (The paper also speaks of morphological operations on merged masks, which its code does not have.)
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,8 @@ class FastSam(nn.Module):
 
         with torch.device("cpu"):  # it computes its strides by a real pass
             self.image_encoder = SegmentationModel(yaml_model_load(f"yolov8{variant}-seg.yaml") | {"nc": 1}, verbose=False)
+        head = self.image_encoder.model[-1]
+        head._get_decode_boxes = partial(_boxes, head, head._get_decode_boxes)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         strides = self.image_encoder.model[-1].stride
@@ -73,14 +78,15 @@ class FastSam(nn.Module):
             raise DepthsegError("FastSAM takes no mask as a prompt", "Use boxes or points, or another model.")
         s = features[1].shape[-1]
         logits, score = features[1].new_full((len(owner), 1, s, s), NOTHING, dtype=torch.float32), points.new_zeros(len(owner), 1)
-        for image in owner.unique():
-            every, confidence = _masks(features[0][image], features[1][image])
-            if not len(every):
-                continue
-            rows = (owner == image).nonzero()[:, 0]
-            for row, taken in zip(rows.tolist(), _chosen(every > 0, points[rows], labels[rows])):
-                if taken.any():
-                    logits[row, 0], score[row, 0] = every[taken].amax(0), confidence[taken].max()
+        with torch.autocast(logits.device.type, enabled=False):  # areas of 65,536 cells are more than fp16 holds
+            for image in owner.unique():
+                every, confidence = _masks(features[0][image], features[1][image])
+                if not len(every):
+                    continue
+                rows = (owner == image).nonzero()[:, 0]
+                for row, taken in zip(rows.tolist(), _chosen(every > 0, points[rows], labels[rows])):
+                    if taken.any():
+                        logits[row, 0], score[row, 0] = every[taken].amax(0), confidence[taken].max()
         return logits, score
 
     def published(self, path: Path) -> dict[str, Tensor]:
@@ -91,6 +97,22 @@ class FastSam(nn.Module):
             return checkpoint.read(path)
         model = opened(package("FastSAM", "use another model").YOLO, path)
         return {f"image_encoder.{name}": tensor for name, tensor in model.model.float().state_dict().items()}
+
+
+def _boxes(head: Any, decoded: Callable[[dict], Tensor], raw: dict) -> Tensor:
+    """Boxes xywh (B, 4, N) in input pixels: what ultralytics decodes, in fp32 where the head computes in less.
+
+    bf16 has eight bits: a coordinate of 1,000 pixels would be off by up to four.
+    """
+    if raw["boxes"].dtype == torch.float32:
+        return decoded(raw)
+    from ultralytics.utils.tal import dist2bbox, make_anchors
+
+    with torch.autocast(raw["boxes"].device.type, enabled=False):
+        anchors, strides = make_anchors([level.float() for level in raw["feats"]], head.stride, 0.5)
+        sides = raw["boxes"].float().unflatten(1, (4, head.reg_max)).softmax(2)
+        away = (sides * torch.arange(head.reg_max, device=sides.device)[:, None]).sum(2)  # from the anchor, in strides
+        return dist2bbox(away, anchors.T[None], xywh=True, dim=1) * strides.T
 
 
 def _masks(found: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from depthseg.errors import DepthsegError
-from depthseg.numerics import PRECISIONS, device_of, precision_of, repeatable, take
+from depthseg.numerics import PRECISIONS, device_of, precision_of, repeatable, set_up
 from depthseg.stages import BATCHNORM, STAGES, Stage, TrainPlan
 from depthseg.tasks.batches import Batch
 from depthseg.tasks.choose import Task, network_of, task_of
@@ -91,7 +91,7 @@ class Learner:
     def __init__(self, plan: TrainPlan, stage: Stage, world: World):
         self.plan, self.stage, self.world = plan, stage, world
         self.device, self.precision = _device(plan, world.local)
-        take(self.device, self.precision)
+        set_up(self.device, self.precision)
         if stage.batch % world.size:
             raise DepthsegError(f"a batch of {stage.batch} does not divide among {world.size} processes", "Choose --batch accordingly.")
         torch.manual_seed(plan.seed)
@@ -253,10 +253,10 @@ def _ema(decay: float) -> Callable:
     @torch.no_grad()
     def update(averages: Any, current: Any, count: Any) -> None:
         d = min(decay, (1 + int(count)) / (10 + int(count)))
+        kept = [(a, c.to(a.dtype)) for a, c in zip(averages, current, strict=True) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in kept], [c for _, c in kept], 1 - d)  # on a card one launch, not one for each
         for a, c in zip(averages, current, strict=True):
-            if a.is_floating_point():
-                a.lerp_(c.to(a.dtype), 1 - d)
-            else:
+            if not a.is_floating_point():
                 a.copy_(c)
 
     return update

@@ -40,7 +40,7 @@ def take_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def take(device: torch.device, precision: str, threads: int | None = None) -> None:
+def set_up(device: torch.device, precision: str, threads: int | None = None) -> None:
     """Set up the process for computing there in a key of PRECISIONS. threads: of the CPU; None as in `take_threads`."""
     if device.type == "cpu":
         keep_memory()
@@ -95,7 +95,7 @@ def precision_of(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type == "cpu":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if torch.cuda.get_device_properties(device).major >= 8 else "fp16"
     if name not in PRECISIONS:
         raise DepthsegError(f"no precision is called '{name}'", f"Use {', '.join(PRECISIONS)} or auto.")
     return name

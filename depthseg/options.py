@@ -263,10 +263,12 @@ def _check_weights(wanted: dict[str, catalog.Row], pull: bool) -> None:
 def estimator(choice: str, device: str, precision: str, pull: bool, backend: str = Plan.backend) -> Any:
     """The depth estimator that works alone, announced with its terms."""
     from depthseg.depth import depth_estimator
-    from depthseg.numerics import device_of, precision_of
+    from depthseg.numerics import device_of, precision_of, set_up
 
     where = device_of(device)
-    chosen = depth_estimator(choice, where, precision_of(precision, where), pull, backend)
+    numbers = precision_of(precision, where)
+    set_up(where, numbers)
+    chosen = depth_estimator(choice, where, numbers, pull, backend)
     for note in (chosen.note, *catalog.terms({f"depth {chosen.name}": catalog.DEPTHS[chosen.name]})):
         say(note)
     return chosen

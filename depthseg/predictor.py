@@ -15,7 +15,7 @@ import torch
 
 from depthseg import backends, edges, masks, refine
 from depthseg.models.sam import SamHead
-from depthseg.numerics import device_of, inference, precision_of, take
+from depthseg.numerics import device_of, inference, precision_of, set_up
 from depthseg.plan import Plan
 from depthseg.prompts import centredness
 from depthseg.schema import ABSENT, CORNER_MIN, NEGATIVE, POSITIVE, Array, Crop, Frame, Prompts
@@ -48,7 +48,7 @@ class Predictor:
         self.plan = plan
         self.device = device_of(plan.device)
         self.precision = precision_of(plan.precision, self.device)
-        take(self.device, self.precision, plan.threads)
+        set_up(self.device, self.precision, plan.threads)
         backends.check(plan.backend, self.device)
         self.edges_on_device = self.device.type == "cuda"  # masks become RLE there, where that gives the same
         self.by_box = False  # of a box's candidates, take the one with the highest IoU with the box, not the highest predicted IoU

@@ -79,14 +79,15 @@ def segment(network: Any, jpeg: bytes, boxes: Array) -> list[dict]:
     return out
 
 
-def ellipses(boxes: Array, side: int) -> torch.Tensor:
+def ellipses(boxes: Array | torch.Tensor, side: int) -> torch.Tensor:
     """Logits (P, 1, side, side) of the ellipses inside boxes (P, 4) in the prompt frame: 0 on the edge, 0.4 in the middle.
 
     Random weights answer with speckles all over the picture, which no step after the network is made for: with these added to its
     logits (which deviate by about 0.07) a network's masks are about as large as things are, and as ragged as its numbers make them.
     """
-    at = (torch.arange(side) + 0.5) * PROMPT_SIDE / side
-    low, high = (torch.from_numpy(np.asarray(boxes, np.float32))[:, part, None] for part in (slice(0, 2), slice(2, 4)))
+    boxes = torch.as_tensor(boxes, dtype=torch.float32)
+    at = (torch.arange(side, device=boxes.device) + 0.5) * PROMPT_SIDE / side
+    low, high = (boxes[:, part, None] for part in (slice(0, 2), slice(2, 4)))
     squares = ((2 * at - low - high) / (high - low).clamp(min=1)) ** 2  # (P, 2, side): along x, along y
     return (0.4 * (1 - squares[:, 0, None] - squares[:, 1, :, None]).clamp(min=-1))[:, None]
 
@@ -97,7 +98,7 @@ def in_things(network: Any) -> Any:
 
     def shaped(features: Any, owner: torch.Tensor, points: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         low, iou = decode(features, owner, points, *rest, **named)
-        return low + ellipses(points[:, :2].flatten(1).cpu().numpy(), low.shape[-1]).to(low), iou
+        return low + ellipses(points[:, :2].flatten(1), low.shape[-1]).to(low), iou
 
     network.decode = shaped
     return network

@@ -260,11 +260,13 @@ def detect(
         take(output.parent)
         from depthseg.detect.choose import detector as choose
         from depthseg.detect.files import write_boxes
-        from depthseg.numerics import device_of, precision_of
+        from depthseg.numerics import device_of, precision_of, set_up
 
         where = device_of(device)
         with downloads() as fetched:
-            chosen = choose(plan, where, precision_of(precision, where), pull, fetched)
+            numbers = precision_of(precision, where)
+            set_up(where, numbers)
+            chosen = choose(plan, where, numbers, pull, fetched)
         for note in (*chosen.notes, *catalog.terms({f"detector {chosen.name}": chosen.entry} if chosen.entry else {})):
             say(note)
         with progress("images") as show:

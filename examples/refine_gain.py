@@ -39,12 +39,14 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     data = truth.read(given.images, given.annotations, subset=given.count)
-    network = Segmenter(Plan(model=given.model), source=lambda images: []).network
+    network = Segmenter(Plan(model=given.model, device="cpu"), source=lambda images: []).network
     ids, names = score.ids_of(data), list(dict.fromkeys(["none", *given.refine.split(",")]))
     sides = {}
     for name in names:
         more = {} if name in ("none", "mirror") else {"refine_points": given.points}
-        sides[name] = Segmenter(Plan(model=given.model, zoom=given.zoom, refine=name, **more), network=network, source=lambda images: [])
+        sides[name] = Segmenter(
+            Plan(model=given.model, device="cpu", zoom=given.zoom, refine=name, **more), network=network, source=lambda images: []
+        )
     print(f"{given.model}, {len(data.truths)} images of {given.annotations.name}, 1 thread, fp32")
     for what, ask in (REQUESTS[prompt] for prompt in given.prompts.split(",")):
         results, seconds = defaultdict(list), defaultdict(float)

@@ -339,6 +339,8 @@ def test_bad_input_is_one_line_and_a_hint(run, fake, pictures, tmp_path, words, 
         (DepthsegError("no weights", "pull them", MISSING_PIECE), 5, "error: no weights"),
         (OSError("disk\nfull"), 1, "unexpected error: OSError: disk full"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "error: the memory is full"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1, "error: the memory is full"),
+        (MemoryError(), 1, "error: the memory is full"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "error: the memory is full"),
     ],
 )

@@ -6,6 +6,7 @@ kernels and their rounding, streams, several cards, and the backward pass, which
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -116,7 +117,14 @@ MAIN = Stream()
 def card(monkeypatch) -> Iterator[None]:
     """A card that is there on paper: torch finds it, and its tensors can be made, saved and loaded."""
     torch._C._ensureCUDADeviceGuardSet()
-    for name, value in {"is_available": True, "device_count": 1, "is_bf16_supported": True, "max_memory_allocated": 0}.items():
+    found = {
+        "is_available": True,
+        "device_count": 1,
+        "is_bf16_supported": True,
+        "get_device_properties": SimpleNamespace(major=8),
+        "max_memory_allocated": 0,
+    }
+    for name, value in found.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for name in ("_lazy_init", "synchronize", "set_device"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)

@@ -378,10 +378,10 @@ def test_clicks_that_do_not_suit_are_told_before_the_run(ti, pictures, tmp_path)
 def fast_file(tmp_path_factory):
     """A checkpoint of ultralytics with random weights and scores about 0.5."""
     needs_ultralytics()
-    from depthseg import fast_sam
+    from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 
     torch.manual_seed(0)
-    theirs = fast_sam.build("s").image_encoder
+    theirs = SegmentationModel(yaml_model_load("yolov8s-seg.yaml") | {"nc": 1}, verbose=False)
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.17)
@@ -421,6 +421,24 @@ def test_fast_sam_finds_what_ultralytics_does_and_chooses_as_well(fast_file) -> 
         box = np.zeros((side, side), bool)
         box[y0:y1, x0:x1] = True
         assert overlap(frame.crop(logits[i, 0].numpy()).whole(), box) > overlap(result.masks.data[0].numpy() > 0, box) - 0.02
+
+
+def test_fast_sams_boxes_are_decoded_in_fp32_whatever_the_head_computes_in(fast_file) -> None:
+    from depthseg.fast_sam import _boxes
+
+    network = catalog.load("fastsam-s", fast_file)
+    head = network.image_encoder.model[-1]
+    rgb = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        _, raw = network.image_encoder(rgb)
+        coarse = {"boxes": raw["boxes"].bfloat16(), "feats": [level.bfloat16() for level in raw["feats"]]}
+        wanted = head._get_decode_boxes({"boxes": coarse["boxes"].float(), "feats": raw["feats"]})
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head._get_decode_boxes(coarse)
+            (decoded, _), _ = network.image_encoder(rgb)
+    assert found.dtype == decoded.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-5)
+    assert head._get_decode_boxes.func is _boxes
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
