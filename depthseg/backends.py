@@ -28,7 +28,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # precisions as OpenVIN
 # the next SIGTERM would meet one that is gone. So none goes before the process does.
 _KEPT: list[Any] = []
 _COMPILERS = ("g++", "clang++", "c++", "cl")
-_C_COMPILERS = ("gcc", "clang", "cc")  # for what triton builds at its first use
+_C_COMPILERS = ("clang", "gcc")  # for what triton builds at its first use
 
 
 def check(backend: str, device: torch.device) -> None:
@@ -48,7 +48,7 @@ def check(backend: str, device: torch.device) -> None:
             )
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
             raise DepthsegError("the backend compile needs the package triton on CUDA", "Use --backend torch.", MISSING_PIECE)
-        if device.type == "cuda" and not any(map(shutil.which, [os.environ.get("CC") or "", *_C_COMPILERS])):
+        if device.type == "cuda" and os.name != "nt" and not any(map(shutil.which, [os.environ.get("CC") or "", *_C_COMPILERS])):
             raise DepthsegError("the backend compile needs a C compiler on CUDA", "Install gcc, or use --backend torch.", MISSING_PIECE)
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import has_magic, iglob
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
@@ -238,8 +238,7 @@ def _from_file(image: Image, use: Callable[[IO[bytes]], T]) -> T:
         with open(image.path, "rb") as file:
             if image.span is None:
                 return use(file)
-            file.seek(image.span[0])
-            return use(io.BytesIO(file.read(image.span[1])))
+            return use(io.BufferedReader(_Part(file, *image.span)))
     except Unreadable:
         raise
     except FileNotFoundError:
@@ -254,6 +253,30 @@ def _from_file(image: Image, use: Callable[[IO[bytes]], T]) -> T:
         if isinstance(error, OSError) and error.strerror:  # the system's own, without the path, which is no news
             raise Unreadable(error.strerror.lower()) from error
         raise Unreadable(f"broken file ({str(error) or type(error).__name__})") from error
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of an open file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._length)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        found = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 def _open(file: IO[bytes]) -> PILImage.Image:

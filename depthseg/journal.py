@@ -27,6 +27,8 @@ LOCK = ".lock"
 def locked(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process writes to."""
     with open(folder / LOCK, "w") as file:
+        if hasattr(os, "register_at_fork"):  # or a child that outlives its killed parent would hold the folder
+            os.register_at_fork(after_in_child=file.close)
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -254,7 +254,8 @@ def _ema(decay: float) -> Callable:
     def update(averages: Any, current: Any, count: Any) -> None:
         d = min(decay, (1 + int(count)) / (10 + int(count)))
         kept = [(a, c.to(a.dtype)) for a, c in zip(averages, current, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in kept], [c for _, c in kept], 1 - d)  # on a card one launch, not one for each
+        if kept:  # torch calls once for each dtype
+            torch._foreach_lerp_([a for a, _ in kept], [c for _, c in kept], 1 - d)  # on a card one launch, not one for each
         for a, c in zip(averages, current, strict=True):
             if not a.is_floating_point():
                 a.copy_(c)

@@ -6,6 +6,7 @@ Knows nothing of crops, prompts or tensors.
 """
 
 import csv
+import glob
 import io
 import json
 import os
@@ -178,9 +179,15 @@ def picture(entry: Entry) -> Image:
 
 
 def pictures(paths: Sequence[str | Path], exclude: Path | None = None) -> list[Image]:
-    """Like `data.find`, and the pictures in SA-1B's tars too, which lie among the paths or below them."""
-    packed = [picture(e) for p in map(Path, paths) for tar in tars(p) for e in _in_tar(tar)]
-    plain = [p for p in paths if Path(p).suffix != ".tar"]
+    """Like `data.find`, and the pictures in tars too: in those that are named, and below folders in those called as SA-1B's are."""
+    found: list[Path] = []
+    for path in map(str, paths):
+        if path.endswith(".tar"):
+            found += [Path(p) for p in sorted(glob.glob(path)) or [path]]
+        elif Path(path).is_dir():
+            found += [tar for tar in tars(Path(path)) if tar.name.startswith("sa_")]
+    packed = [picture(e) for tar in found for e in _in_tar(tar)]
+    plain = [p for p in paths if not str(p).endswith(".tar")]
     try:
         return (find(plain, exclude=exclude) if plain else []) + packed
     except DepthsegError as error:

@@ -98,6 +98,8 @@ def _train(plan: TrainPlan, world: World, resume: bool, check: bool, anew: bool,
         begun, mended = _same_run(told, out)
         if mended:
             tell("note", mended)
+        if mended and world.rank == 0:
+            _write_plan(out, {**told, "version": begun})
         if begun not in (None, __version__):
             tell("note", {"version": f"the run began with depthseg {begun}, and goes on as {__version__} computes"})
         learner.load(_state(last, learner.device))
@@ -105,8 +107,7 @@ def _train(plan: TrainPlan, world: World, resume: bool, check: bool, anew: bool,
         if resume:
             tell("note", {"resume": f"{out} holds no checkpoint, so this is a new run"})
         (out / UNREADABLE).unlink(missing_ok=True)
-        with text_file(out / "plan.json") as file:
-            file.write(json.dumps({**told, "version": __version__}, indent=1))
+        _write_plan(out, {**told, "version": __version__})
     world.wait()  # for the folder
     if check and learner.step == 0:
         for finding in preflight(learner, steps, count, out):
@@ -146,6 +147,11 @@ def _state(path: Path, device: torch.device) -> dict[str, Any]:
         earlier = sorted(path.parent.glob("step-*.pt"))
         how = f"Copy {earlier[-1].name} over it to go on from there." if earlier else "Start anew in another --output."
         raise DepthsegError(f"{path} cannot be read ({str(error)[:120]})", how) from error
+
+
+def _write_plan(out: Path, told: dict[str, Any]) -> None:
+    with text_file(out / "plan.json") as file:
+        file.write(json.dumps(told, indent=1))
 
 
 def _same_run(told: dict[str, Any], out: Path) -> tuple[str | None, dict[str, str]]:
@@ -321,12 +327,14 @@ class _Sitting:
             return
         best = max((line["val_miou"] for line in self.log.lines if "val_miou" in line), default=-1.0)
         scores = _validated(self.validation, self.learner, self.out)
+        better = scores["miou"] > best
+        if better:  # before the log says so: a run that is killed in between measures again
+            self._export("best.safetensors")
         self.log.write({"step": self.learner.step, **{f"val_{k}": v for k, v in scores.items()}})
         self.log.draw()
         self.tell("validation", {"step": self.learner.step, **scores})
-        if scores["miou"] > best:
-            self._export("best.safetensors")
-        self._describe("weights.safetensors")
+        for name in ["best.safetensors"] * better + ["weights.safetensors"]:
+            self._describe(name)
 
     def _scores(self, step: int | None = None) -> dict[str, float]:
         """What the validation measured last, or after that step."""

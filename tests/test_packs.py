@@ -183,6 +183,11 @@ def test_tars_get_depth_maps_and_tell_what_has_no_partner(root, tmp_path) -> Non
     assert len(entries) == 4
     images = [sa1b.picture(e) for e in entries]
     DepthFolder(tmp_path / "maps").check(images)
+    (tars / "backup.tar").write_bytes(b"something else")
+    assert [i.key for i in sa1b.pictures([str(tars)])] == [i.key for i in sa1b.pictures([f"{tars}/sa_*.tar"])] == [i.key for i in images]
+    with pytest.raises(DepthsegError, match=r"not a readable \.tar archive"):
+        sa1b.pictures([tars / "missing.tar"])
+    (tars / "backup.tar").unlink()
     plain = tmp_path / "plain"
     assert CliRunner().invoke(cli.app, ["depth", str(root), "-o", str(plain), "--depth", "nano", "--device", "cpu"]).exit_code == 0
     for image in images:

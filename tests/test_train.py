@@ -307,6 +307,8 @@ def test_a_run_may_go_on_with_what_mends_it(root, tmp_path) -> None:
         tell=lambda kind, values: notes.append(values) if kind == "note" else None,
     )
     assert notes == [{"lr": "was None, is 1e-06 from here"}]
+    train(_plan(root, tmp_path / "o", steps=4), resume=True, tell=lambda kind, values: notes.append(values) if kind == "note" else None)
+    assert notes[1:] == [{"lr": "was 1e-06, is None from here"}], "it is remembered"
     with pytest.raises(DepthsegError, match=r"other options: seed \(was 0, is 1\)"):
         train(_plan(root, tmp_path / "o", steps=3, seed=1), resume=True)
 
