@@ -4,7 +4,7 @@
 both are resolved on first use, so that `import depthseg` stays free of torch.
 """
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 _LAZY = {"Segmenter": "depthseg.segment", "load": "depthseg.catalog", "Plan": "depthseg.plan"}
 __all__ = ["__version__", *sorted(_LAZY)]
