@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from depthseg.errors import DepthsegError
-from depthseg.numerics import PRECISIONS, device_of, precision_of, repeatable, set_up
+from depthseg.numerics import PRECISIONS, device_of, precision_of, set_up
 from depthseg.stages import BATCHNORM, STAGES, Stage, TrainPlan
 from depthseg.tasks.batches import Batch
 from depthseg.tasks.choose import Task, network_of, task_of
@@ -143,8 +142,7 @@ class Learner:
         for batch in batches:
             terms, n = self._forward(batch)
             total = sum((w * terms[k] for k, w in self.stage.weights.items() if w), torch.zeros((), device=self.device))
-            with repeatable() if self.device.type == "cpu" else nullcontext():
-                self.scaler.scale(total).backward()
+            self.scaler.scale(total).backward()
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0) + v.detach().float()
             count += n.float()

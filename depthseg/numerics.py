@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -47,24 +46,6 @@ def set_up(device: torch.device, precision: str, threads: int | None = None) -> 
         take_threads(threads)
     else:
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # or convolutions in fp32 would have fp16's ten bits
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Threads of the CPU that add to one place take turns in their order: else the last bit of a gradient is luck."""
-    memory: Any = torch.utils.deterministic
-    mode, warn, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        memory.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # costs time, and finds mistakes only
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(mode, warn_only=warn)
-        memory.fill_uninitialized_memory = fill
 
 
 @contextmanager
